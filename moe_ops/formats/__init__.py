@@ -1,0 +1,9 @@
+"""Formats are data. To add one made of known elements, register it in its family's file."""
+
+from . import full, fp8  # isort: skip  (the order of the list)
+from .base import FORMATS, Codec, Element, Format, QuantizedTensor, UnknownFormat, dequantize_weight, quantize_weight
+
+__all__ = [
+    "FORMATS", "Codec", "Element", "Format", "QuantizedTensor", "UnknownFormat", "dequantize_weight", "quantize_weight",
+]  # fmt: skip
+del fp8, full

@@ -1,0 +1,37 @@
+"""Floats of up to eight bits, described by their bits: one encoder, one decoder, any element."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def encode_minifloat(x: Tensor, exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> Tensor:
+    """fp32 -> uint8 codes, sign in the top bit: nearest, ties to even, |x| > largest saturates, -0 keeps its sign.
+
+    With e = max(floor(log2 |x|), 1 - bias) the spacing is q = 2^(e - mantissa_bits), and the code of the magnitude is
+    (e + bias - 1) * 2^mantissa_bits + round(|x| / q): the carry of the rounding runs into the exponent by itself.
+    """
+    magnitude = x.float().abs().clamp(max=largest)
+    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=1 - bias)
+    spacing = ((exponent - mantissa_bits + 127) << 23).view(torch.float32)
+    steps = torch.round(magnitude / spacing).to(torch.int32)
+    code = ((exponent + bias - 1) << mantissa_bits) + steps
+    return (code + (torch.signbit(x).to(torch.int32) << (exponent_bits + mantissa_bits))).to(torch.uint8)
+
+
+@cache
+def minifloat_values(exponent_bits: int, mantissa_bits: int, bias: int, device: torch.device | str = "cpu") -> Tensor:
+    """Value of every code as fp32, without NaN or infinities: an element with special codes overrides them."""
+    code = torch.arange(1 << (exponent_bits + mantissa_bits))
+    field, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+    implicit = (field > 0).double() * (1 << mantissa_bits)
+    value = (implicit + mantissa) * 2.0 ** (field.clamp(min=1) - bias - mantissa_bits).double()
+    return torch.cat([value, -value]).float().to(device)
+
+
+def decode_minifloat(codes: Tensor, exponent_bits: int, mantissa_bits: int, bias: int) -> Tensor:
+    """uint8 codes -> fp32 by table."""
+    return minifloat_values(exponent_bits, mantissa_bits, bias, codes.device)[codes.long()]

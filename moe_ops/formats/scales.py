@@ -1,0 +1,14 @@
+"""Scale rules: from the largest magnitude of a block to the scale that is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Element
+
+
+def amax_over_max(amax: Tensor, element: Element) -> Tensor:
+    """amax / element.max by true division (bit-equal to vLLM's online fp8); 1 where that is zero, NaN stays NaN."""
+    scale = amax / element.max
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
