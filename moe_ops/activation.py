@@ -23,10 +23,11 @@ Scalar = float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """`fn(g, alpha) -> act(g)`. A preset is another name for `base` with numbers of its own."""
+    """`fn(g, alpha) -> act(g)`, `grad(d, g, alpha) -> d * act'(g)`. A preset is `base` with numbers of its own."""
 
     name: str
     fn: Callable[[Tensor, Scalar], Tensor]
+    grad: Callable[[Tensor, Tensor, Scalar], Tensor]
     base: str
     alpha: Scalar = None
     beta: Scalar = None
@@ -49,24 +50,40 @@ def _silu(g: Tensor, alpha: Scalar) -> Tensor:
     return F.silu(g) if alpha is None else g * torch.sigmoid(alpha * g)
 
 
+def _silu_grad(d: Tensor, g: Tensor, alpha: Scalar) -> Tensor:
+    return torch.ops.aten.silu_backward(d, g if alpha is None else alpha * g)  # act(g) = silu(alpha g) / alpha
+
+
 def _gelu(g: Tensor, alpha: Scalar) -> Tensor:
     return F.gelu(g)
+
+
+def _gelu_grad(d: Tensor, g: Tensor, alpha: Scalar) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, g)
 
 
 def _gelu_tanh(g: Tensor, alpha: Scalar) -> Tensor:
     return F.gelu(g, approximate="tanh")
 
 
+def _gelu_tanh_grad(d: Tensor, g: Tensor, alpha: Scalar) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, g, approximate="tanh")
+
+
 def _relu2(g: Tensor, alpha: Scalar) -> Tensor:
     return torch.square(F.relu(g))
 
 
+def _relu2_grad(d: Tensor, g: Tensor, alpha: Scalar) -> Tensor:
+    return 2 * d * F.relu(g)
+
+
 _ALL = (
-    Activation(name="silu", fn=_silu, base="silu"),
-    Activation(name="gelu", fn=_gelu, base="gelu"),
-    Activation(name="gelu_tanh", fn=_gelu_tanh, base="gelu_tanh"),
-    Activation(name="relu2", fn=_relu2, base="relu2"),
-    Activation(name="swiglu_oai", fn=_silu, base="silu", alpha=1.702, beta=1.0, limit=7.0),
+    Activation(name="silu", fn=_silu, grad=_silu_grad, base="silu"),
+    Activation(name="gelu", fn=_gelu, grad=_gelu_grad, base="gelu"),
+    Activation(name="gelu_tanh", fn=_gelu_tanh, grad=_gelu_tanh_grad, base="gelu_tanh"),
+    Activation(name="relu2", fn=_relu2, grad=_relu2_grad, base="relu2"),
+    Activation(name="swiglu_oai", fn=_silu, grad=_silu_grad, base="silu", alpha=1.702, beta=1.0, limit=7.0),
 )
 ACTIVATIONS: dict[str, Activation] = {a.name: a for a in _ALL}
 _TAKES_ALPHA = frozenset({"silu"})
@@ -118,6 +135,27 @@ def apply_activation(
     if beta is not None:
         u = u + beta
     return (u * ACTIVATIONS[base].fn(g, alpha)).to(h.dtype)
+
+
+def activation_grad(gate: Gate, h: Tensor, grad: Tensor) -> Tensor:
+    """Derivative of `apply_activation`: h (R, 2I) or (R, I), grad of its output (R, I) -> grad of h, in h's dtype.
+
+    A clamp passes no gradient outside its limits, as torch's does not.
+    """
+    base, alpha, beta, limit = resolve_activation(gate.activation, gate.alpha, gate.beta, gate.limit)
+    act, x, d = ACTIVATIONS[base], h.float(), grad.float()
+    if not gate.gated:
+        inside = 1.0 if limit is None else (x <= limit).float()
+        return (act.grad(d, x if limit is None else x.clamp(max=limit), alpha) * inside).to(h.dtype)
+    g, u = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, dim=-1)  # (R, I) each
+    g_inside = u_inside = torch.ones((), device=h.device)
+    if limit is not None:
+        g_inside, u_inside = (g <= limit).float(), (u.abs() <= limit).float()
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    dg = act.grad(d * (u + (beta or 0.0)), g, alpha) * g_inside
+    du = d * act.fn(g, alpha) * u_inside
+    both = torch.cat([dg, du], -1)
+    return (interleave(both) if gate.interleaved else both).to(h.dtype)
 
 
 def interleave(h: Tensor) -> Tensor:
