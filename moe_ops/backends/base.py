@@ -1,0 +1,141 @@
+"""Which implementation runs a problem: a flat list, a `supports` predicate each, one `select`.
+
+Numerics belong to the format, speed to the backend: a backend never changes what is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Best measured first, `reference` last. A backend is imported when a problem could be its own, not before.
+BACKENDS = {"triton": ".triton", "reference": ".reference"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `supports` may look at. `arch` is major * 10 + minor of a CUDA device, else 0."""
+
+    op: str
+    device: str
+    arch: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    format: str = "bf16"
+    num_experts: int = 1
+    n: int = 0
+    k: int = 0
+    activation: str = "none"
+    has_bias: bool = False
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True)
+class Impl:
+    """`supports(problem)` returns True, or the reason why not."""
+
+    backend: str
+    op: str
+    fn: Callable
+    supports: Callable[[Problem], bool | str]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One projection of every expert: (E, N, K), `shards` matrices above each other (gate and up: 2)."""
+
+    qdata: Tensor
+    scale: Tensor | None = None
+    global_scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    bias: Tensor | None = None  # (E, N)
+    input_scale: Tensor | None = None  # (E,)
+    shards: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where sorted row i is read (x[read[i] // top_k]), written (out[write[i]]) and what weighs it (weights[write[i]])."""
+
+    offsets: Tensor  # (E + 1,)
+    read: Tensor | None = None
+    write: Tensor | None = None
+    weights: Tensor | None = None
+    top_k: int = 1
+
+
+_IMPLS: dict[str, list[Impl]] = {}
+
+
+def register(impl: Impl) -> None:
+    _IMPLS.setdefault(impl.op, []).append(impl)
+
+
+def interpreted() -> bool:
+    """Triton runs in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _load(backend: str) -> None:
+    importlib.import_module(BACKENDS[backend], __package__)
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@cache
+def select(problem: Problem, backend: str = "auto") -> Impl:
+    """The first implementation that supports the problem; a named backend that does not raises with its reason."""
+    reasons = []
+    for name in [backend] if backend != "auto" else BACKENDS:
+        check_backend(name)
+        if name == "triton" and problem.device == "cpu" and not interpreted():
+            reasons.append("triton: needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
+            continue
+        _load(name)
+        for impl in (i for i in _IMPLS.get(problem.op, []) if i.backend == name):
+            supported = impl.supports(problem)
+            if supported is True:
+                return impl
+            reasons.append(f"{name}: {supported}")
+    raise ValueError(f"no backend runs {problem.op}: {'; '.join(reasons) or f'{backend} does not implement it'}")
+
+
+def check_backend(name: str) -> str:
+    if name not in BACKENDS and name != "auto":
+        raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    return name
+
+
+_ACTIVE: tuple[str, bool] = ("auto", False)
+
+
+@contextmanager
+def use_backend(name: str, batch_invariant: bool = False) -> Iterator[None]:
+    """Run every module inside on one backend; a module that was given its own backend keeps that.
+
+    batch_invariant: a token's result does not depend, to the bit, on the other tokens of its batch.
+    """
+    global _ACTIVE
+    before, _ACTIVE = _ACTIVE, (check_backend(name), batch_invariant)
+    try:
+        yield
+    finally:
+        _ACTIVE = before
+
+
+def resolve(backend: str | None) -> tuple[str, bool]:
+    """What a module passes to its op: its own backend or the active one, and whether to be batch-invariant."""
+    return backend or _ACTIVE[0], _ACTIVE[1]
