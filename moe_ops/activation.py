@@ -137,6 +137,11 @@ def apply_activation(
     return (u * ACTIVATIONS[base].fn(g, alpha)).to(h.dtype)
 
 
+def run_gate(gate: Gate, h: Tensor) -> Tensor:
+    """`apply_activation` with the arguments that a Gate holds."""
+    return apply_activation(gate.activation, h, gate.gated, gate.interleaved, gate.alpha, gate.beta, gate.limit)
+
+
 def activation_grad(gate: Gate, h: Tensor, grad: Tensor) -> Tensor:
     """Derivative of `apply_activation`: h (R, 2I) or (R, I), grad of its output (R, I) -> grad of h, in h's dtype.
 

@@ -48,7 +48,11 @@ class Impl:
 
 @dataclass(frozen=True)
 class Weight:
-    """One projection of every expert: (E, N, K), `shards` matrices above each other (gate and up: 2)."""
+    """One projection of every expert: (E, N, K), `shards` matrices above each other (gate and up: 2).
+
+    `interleaved`: the rows, their bias and per-row scales alternate gate and up (scales of larger blocks do not: gate's
+    come first). Products come out gate first all the same, and a transposed product takes them so.
+    """
 
     qdata: Tensor
     scale: Tensor | None = None
@@ -57,13 +61,14 @@ class Weight:
     bias: Tensor | None = None  # (E, N)
     input_scale: Tensor | None = None  # (E,)
     shards: int = 1
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class Rows:
     """Where sorted row i is read (x[read[i] // top_k]), written (out[write[i]]) and what weighs it (weights[write[i]])."""
 
-    offsets: Tensor  # (E + 1,)
+    offsets: Tensor | None  # (E + 1,); None: all rows belong to the one expert
     read: Tensor | None = None
     write: Tensor | None = None
     weights: Tensor | None = None

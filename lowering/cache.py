@@ -1,0 +1,37 @@
+"""Compiled artifacts depend on our sources and formats, which no cache key of torch's covers: the key gets a salt.
+
+Without it a graph compiled by another version of these files is loaded from the disk cache and gives wrong numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from moe_ops.formats import FORMATS
+
+from . import _compat
+
+
+@cache
+def sources_hash() -> str:
+    """Of every Python file of the package, lowering included."""
+    root = Path(__file__).resolve().parent
+    package = Path(next(iter(__import__("moe_ops").__path__))).resolve()
+    digest = hashlib.sha256()
+    for path in sorted({*package.rglob("*.py"), *root.rglob("*.py")}):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def salt() -> str:
+    formats = hashlib.sha256(",".join(FORMATS).encode()).hexdigest()[:8]
+    return f"moe_ops-{sources_hash()}-{formats}"
+
+
+def register() -> None:
+    """Append the salt to the compiler's cache key, once; what a user has put there stays."""
+    tag = _compat.get_cache_key_tag()
+    kept = [part for part in tag.split("|") if part and not part.startswith("moe_ops-")]
+    _compat.set_cache_key_tag("|".join([*kept, salt()]))

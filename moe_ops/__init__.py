@@ -1,0 +1,16 @@
+"""Quantized Mixture-of-Experts for plain PyTorch: `moe_ops.quantize_(model, "fp8")`, then `torch.compile(model)`."""
+
+from . import ops as _ops  # registers torch.ops.moe_ops.*
+from .backends import use_backend
+from .experts import QuantizedExperts
+from .formats import FORMATS, Codec, Element, Format
+from .linear import QuantizedLinear
+from .quantize import dequantize_, quantize_
+from .summary import Summary, summary
+
+__version__ = "0.1.0"
+__all__ = [
+    "FORMATS", "Codec", "Element", "Format", "QuantizedExperts", "QuantizedLinear", "Summary", "dequantize_",
+    "quantize_", "summary", "use_backend",
+]  # fmt: skip
+del _ops

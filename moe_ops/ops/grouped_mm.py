@@ -1,0 +1,178 @@
+"""moe_ops::grouped_mm: rows sorted by expert times each expert's matrix. moe_ops::linear: the same with one expert.
+
+R sorted rows, E experts, N outputs, K contraction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import Gate, resolve_activation
+from ..backends.base import Problem, Rows, Weight, arch_of, select
+from ..formats import FORMATS, Format
+from .library import define, gradient
+
+_WEIGHT = "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, Tensor? bias=None"
+
+
+def make_gate(activation: str, gated: bool, alpha: float | None, beta: float | None, limit: float | None) -> Gate | None:
+    """Arguments of an op as a Gate with presets opened; None for the activation "none"."""
+    if activation == "none":
+        return None
+    name, alpha, beta, limit = resolve_activation(activation, alpha, beta, limit)
+    return Gate(activation=name, gated=gated, alpha=alpha, beta=beta, limit=limit)
+
+
+def check_weight(fmt: Format, w: Weight, name: str = "weight") -> None:
+    """ValueError unless codes, scale and bias fit each other and the format."""
+    if w.qdata.ndim != 3:
+        raise ValueError(f"{name} must be (E, N, K), got {tuple(w.qdata.shape)}")
+    storage = fmt.weight.element.storage
+    if storage is not None and w.qdata.dtype != storage:
+        raise ValueError(f"{name} of format {fmt.name!r} must hold {storage}, got {w.qdata.dtype}")
+    if (w.scale is not None) != fmt.quantized:
+        raise ValueError(f"{name}_scale {'is missing' if fmt.quantized else 'is not used'}: format {fmt.name!r}")
+    if w.scale is not None:
+        want = scale_shape(fmt, w)
+        if tuple(w.scale.shape) != want:
+            raise ValueError(f"{name}_scale of format {fmt.name!r} must be {want}, got {tuple(w.scale.shape)}")
+    if w.bias is not None and w.bias.shape != w.qdata.shape[:2]:
+        raise ValueError(f"the bias of {name} must be {tuple(w.qdata.shape[:2])}, got {tuple(w.bias.shape)}")
+
+
+def scale_shape(fmt: Format, w: Weight) -> tuple[int, ...]:
+    """Shape of the scale of (E, S*N, K): (E, S) for whole matrices, else (E, S * ceil(N/BN), ceil(K/BK))."""
+    assert fmt.weight.block is not None
+    (e, n, k), (bn, bk) = w.qdata.shape, fmt.weight.block
+    if not bn and not bk:
+        return e, w.shards
+    return e, w.shards * (-(-(n // w.shards) // bn) if bn else 1), -(-k // bk) if bk else 1
+
+
+def _rows(x: Tensor, offsets: Tensor, w: Weight, rows_in: Tensor | None, rows_out: Tensor | None,
+          row_weights: Tensor | None, top_k: int, transpose: bool) -> Rows:  # fmt: skip
+    contraction = w.qdata.shape[1 if transpose else 2]
+    if x.ndim != 2 or x.shape[1] != contraction:
+        raise ValueError(f"x must be (rows, {contraction}) for this weight, got {tuple(x.shape)}")
+    if offsets.shape != (w.qdata.shape[0] + 1,) or offsets.dtype != torch.int32:
+        raise ValueError(f"offsets must be int32 ({w.qdata.shape[0] + 1},), got {offsets.dtype} {tuple(offsets.shape)}")
+    num_rows = x.shape[0] if rows_in is None else rows_in.shape[0]
+    for name, index in (("rows_out", rows_out), ("row_weights", row_weights)):
+        if index is not None and index.shape != (num_rows,):
+            raise ValueError(f"{name} must be ({num_rows},), got {tuple(index.shape)}")
+    return Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
+
+
+def _problem(op: str, x: Tensor, w: Weight, fmt: Format, gate: Gate | None, batch_invariant: bool = False) -> Problem:
+    e, n, k = w.qdata.shape
+    return Problem(op, x.device.type, arch_of(x.device), x.dtype, fmt.name, e, n, k,
+                   gate.activation if gate else "none", w.bias is not None, batch_invariant)  # fmt: skip
+
+
+def grouped_mm(
+    x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None = None,
+    weight_global_scale: Tensor | None = None, weight_zero_point: Tensor | None = None, bias: Tensor | None = None,
+    x_scale: Tensor | None = None, rows_in: Tensor | None = None, rows_out: Tensor | None = None,
+    row_weights: Tensor | None = None, *, format: str, shards: int = 1, transpose: bool = False, top_k: int = 1,
+    activation: str = "none", gated: bool = True, interleaved: bool = False, alpha: float | None = None,
+    beta: float | None = None, limit: float | None = None, out_dtype: torch.dtype | None = None, backend: str = "auto",
+    batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
+    """Sorted row i of expert e (offsets[e] <= i < offsets[e + 1]), with r = rows_in[i] // top_k and o = rows_out[i]:
+
+        out[o] = cast(row_weights[o] * act(x[r] . W[e]^T + bias[e]))            (R, N), or (R, N / 2) when gated
+
+    Rows that no expert owns give exactly 0. x is quantized as the format says unless x_scale comes with codes.
+    transpose: out = x . W[e] with x (rows, N), for gradients; x is then not quantized, and bias and gate are refused.
+    Raises ValueError for shapes, dtypes and scales that do not fit the format.
+    """
+    fmt = FORMATS[format]
+    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
+    check_weight(fmt, w)
+    gate = make_gate(activation, gated, alpha, beta, limit)
+    if transpose and (bias is not None or gate is not None):
+        raise ValueError("a transposed product takes neither bias nor activation")
+    rows = _rows(x, offsets, w, rows_in, rows_out, row_weights, top_k, transpose)
+    dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)
+    impl = select(_problem("grouped_mm", x, w, fmt, gate, batch_invariant), backend)
+    return impl.fn(x, x_scale, w, rows, gate, fmt, out_dtype=dtype, transpose=transpose, batch_invariant=batch_invariant)
+
+
+def _grouped_mm_fake(
+    x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None = None,
+    weight_global_scale: Tensor | None = None, weight_zero_point: Tensor | None = None, bias: Tensor | None = None,
+    x_scale: Tensor | None = None, rows_in: Tensor | None = None, rows_out: Tensor | None = None,
+    row_weights: Tensor | None = None, *, format: str, transpose: bool = False, activation: str = "none",
+    gated: bool = True, out_dtype: torch.dtype | None = None, **_: Any,
+) -> Tensor:  # fmt: skip
+    n = weight.shape[2] if transpose else weight.shape[1] // 2 if activation != "none" and gated else weight.shape[1]
+    dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)
+    return x.new_empty(x.shape[0] if rows_in is None else rows_in.shape[0], n, dtype=dtype)
+
+
+def grouped_mm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None,
+    weight_global_scale: Tensor | None, weight_zero_point: Tensor | None, bias: Tensor | None, x_scale: Tensor | None,
+    rows_in: Tensor | None, rows_out: Tensor | None, row_weights: Tensor | None, format: str, shards: int, top_k: int,
+    activation: str, gated: bool, interleaved: bool, alpha: float | None, beta: float | None, limit: float | None,
+    need: list[bool], backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, bias and row_weights in fp32 or x's dtype; an empty tensor for those not in `need`."""
+    fmt = FORMATS[format]
+    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
+    gate = make_gate(activation, gated, alpha, beta, limit)
+    rows = Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
+    impl = select(_problem("grouped_mm_backward", grad, w, fmt, gate), backend)
+    return impl.fn(grad.contiguous(), x, x_scale, w, rows, gate, fmt, need=tuple(need))
+
+
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need, row_weights = args[-2] if isinstance(args[-1], str) else args[-1], args[7]
+    e, n = weight.shape[:2]
+    return (
+        torch.empty_like(x, dtype=grad.dtype) if need[0] else grad.new_empty(0),
+        grad.new_empty(e, n, dtype=torch.float32) if need[1] else grad.new_empty(0),
+        grad.new_empty(row_weights.shape[0], dtype=torch.float32) if need[2] else grad.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, offsets, *optional = ctx.saved_tensors
+    o, need = ctx.options, ctx.needs_input_grad
+    if o["transpose"]:
+        raise NotImplementedError("grouped_mm(transpose=True) is itself a gradient: it has no second one")
+    wanted = [need[0], need[6], need[10]]
+    gx, gb, gw = torch.ops.moe_ops.grouped_mm_backward(
+        grad, x, weight, offsets, *optional, o["format"], o["shards"], o["top_k"], o["activation"], o["gated"],
+        o["interleaved"], o["alpha"], o["beta"], o["limit"], wanted, o["backend"])  # fmt: skip
+    bias, row_weights = optional[3], optional[7]
+    return (
+        gx.to(x.dtype) if wanted[0] else None, None, None, None, None, None,
+        gb.to(bias.dtype) if wanted[1] and bias is not None else None, None, None, None,
+        gw.to(row_weights.dtype) if wanted[2] and row_weights is not None else None,
+    )  # fmt: skip
+
+
+define(
+    f"grouped_mm(Tensor x, Tensor weight, Tensor offsets, {_WEIGHT}, Tensor? x_scale=None, Tensor? rows_in=None, "
+    "Tensor? rows_out=None, Tensor? row_weights=None, *, str format, int shards=1, bool transpose=False, int top_k=1, "
+    "str activation='none', bool gated=True, bool interleaved=False, float? alpha=None, float? beta=None, "
+    "float? limit=None, ScalarType? out_dtype=None, str backend='auto', bool batch_invariant=False) -> Tensor",
+    grouped_mm, _grouped_mm_fake,
+)  # fmt: skip
+define(
+    "grouped_mm_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, Tensor? weight_scale, "
+    "Tensor? weight_global_scale, Tensor? weight_zero_point, Tensor? bias, Tensor? x_scale, Tensor? rows_in, "
+    "Tensor? rows_out, Tensor? row_weights, str format, int shards, int top_k, str activation, bool gated, "
+    "bool interleaved, float? alpha, float? beta, float? limit, bool[] need, str backend='auto') -> (Tensor, Tensor, Tensor)",
+    grouped_mm_backward, _backward_fake,
+)  # fmt: skip
+gradient("grouped_mm", _setup, _backward)

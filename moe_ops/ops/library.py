@@ -1,0 +1,21 @@
+"""The `moe_ops` namespace of torch.library, and how an op is put into it: schema, impl, fake, gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("moe_ops", "DEF")
+
+
+def define(schema: str, impl: Callable, fake: Callable, *, tags: tuple[torch.Tag, ...] = ()) -> None:
+    """One implementation for every device: it asks `select` for the backend. Inputs keep their strides."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags))
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_ops::{name}", fake, lib=LIBRARY)
+
+
+def gradient(name: str, setup_context: Callable, backward: Callable) -> None:
+    torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIBRARY)
