@@ -1,0 +1,252 @@
+"""QuantizedExperts: the experts of one MoE block, stored in a format, called as the module that they replace.
+
+T tokens, A experts per token, R = T * A slots, E experts, H hidden size, I intermediate size, S shards (gate and up).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import routing
+from .activation import Gate, interleave, resolve_activation
+from .adapters import FLAGS, ExpertsSpec
+from .backends.base import resolve
+from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, quantize_weight
+from .storage import PARTS, QuantizedModule, carry_over
+
+_STATE = ("format", "backend", "float_dtype", "spec")
+
+
+class QuantizedExperts(QuantizedModule):
+    """out[t] = sum over a of topk_weights[t, a] * down(act(gate_up(hidden[t]))) with the weights of expert topk_ids[t, a].
+
+    Ids outside 0..num_experts-1 contribute zero; `num_experts` is read at each call. `spec` is the layout of the float
+    module; what is stored is canonical: gate_up_proj (E, 2I, H), gate rows first (up_proj (E, I, H) without a gate), and
+    down_proj (E, H, I).
+    """
+
+    spec: ExpertsSpec
+    original_class: type[nn.Module] | None = None
+
+    @classmethod
+    def from_float(
+        cls, gate_up_proj: Tensor, down_proj: Tensor, format: str | Format = "fp8", *,
+        gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu", gated: bool = True,
+        interleaved: bool = False, transposed: bool = False, alpha: float | None = None, beta: float | None = None,
+        limit: float | None = None, backend: str | None = None, device: torch.device | str | None = None,
+    ) -> QuantizedExperts:  # fmt: skip
+        """gate_up_proj (E, 2I, H), or (E, I, H) when not gated; down_proj (E, H, I); biases (E, 2I) and (E, H).
+
+        transposed: (E, H, 2I) and (E, I, H). interleaved: rows (and bias) of gate and up alternate. Raises ValueError for
+        shapes that do not fit, an unknown format or activation, and dimensions that the format cannot take.
+        """
+        name, alpha, beta, limit = resolve_activation(activation, alpha, beta, limit)
+        gate = Gate(activation=name, gated=gated, interleaved=interleaved, alpha=alpha, beta=beta, limit=limit)
+        e, rows, h = _rows_first(gate_up_proj, transposed)
+        e2, h2, i = _rows_first(down_proj, transposed)
+        if (e, h) != (e2, h2) or rows != i * (2 if gated else 1):
+            raise ValueError(
+                f"gate_up_proj {tuple(gate_up_proj.shape)} and down_proj {tuple(down_proj.shape)} do not fit together"
+                f" (gated={gated}, transposed={transposed})"
+            )
+        if (gate_up_bias is None) != (down_bias is None):
+            raise ValueError("give both biases or neither")
+        spec = ExpertsSpec(
+            num_experts=e, hidden_size=h, intermediate_size=i, up="gate_up_proj" if gated else "up_proj", gated=gated,
+            transposed=transposed, interleaved=interleaved and gated, has_bias=gate_up_bias is not None, gate=gate,
+        )  # fmt: skip
+        new = cls()
+        new._parameters |= {spec.up: nn.Parameter(gate_up_proj.detach()), spec.down: nn.Parameter(down_proj.detach())}
+        for key, bias in ((f"{spec.up}_bias", gate_up_bias), (f"{spec.down}_bias", down_bias)):
+            if bias is not None:
+                new._parameters[key] = nn.Parameter(bias.detach())
+        new.num_experts = e
+        return _fill(new, spec, _format(format), backend, device)
+
+    def weight_names(self) -> tuple[str, ...]:
+        return self.spec.up, self.spec.down
+
+    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden (T, H), topk_ids and topk_weights (T, A) -> (T, H) in hidden's dtype. Any leading dims instead of T."""
+        spec, top_k = self.spec, topk_ids.shape[-1]
+        if hidden.shape[-1] != spec.hidden_size:
+            raise ValueError(f"these experts take rows of {spec.hidden_size}, got {tuple(hidden.shape)}")
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be"
+                f" {tuple(hidden.shape[:-1])} + (experts per token,)"
+            )
+        num_experts = getattr(self, "num_experts", spec.num_experts)
+        if num_experts != getattr(self, spec.up).shape[0]:  # a shard: its first num_experts are its own
+            topk_ids = torch.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1)
+        x = hidden.reshape(-1, spec.hidden_size)  # (T, H)
+        ids, weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)  # (T, A)
+        fused = spec.gate is not None and spec.post_norm is None
+        return (self._fused if fused else self._unfused)(x, ids, weights).view(hidden.shape)
+
+    def _fused(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        spec, gate = self.spec, self.spec.gate
+        assert gate is not None
+        backend, invariant = resolve(self.backend)
+        up, down = spec.up, spec.down
+        stored = [self._parameters[name] for name in (up, down)]
+        for part in ("scale", "global_scale", "zero_point", "bias", "input_scale"):
+            stored += [self._parameters.get(f"{name}_{part}") for name in (up, down)]
+        return torch.ops.moe_ops.experts(
+            x, ids, weights, *stored, format=self.format, activation=gate.activation, gated=gate.gated,
+            alpha=gate.alpha, beta=gate.beta, limit=gate.limit, backend=backend, batch_invariant=invariant,
+        )  # fmt: skip
+
+    def _unfused(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The same in parts: the module's own gate or post norm runs between them, on rows in its own order."""
+        spec, num_experts, top_k = self.spec, getattr(self, self.spec.up).shape[0], ids.shape[1]
+        backend, _ = resolve(self.backend)
+        order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
+        h = self._project(x, spec.up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
+        if spec.gate is None:
+            h = interleave(h) if spec.interleaved else h
+            h = (self._apply_gate(h) if spec.gated else self.act_fn(h)).to(x.dtype)  # (R, I)
+        w = weights.reshape(-1).float()  # (R,) in slot order
+        if spec.post_norm is None:
+            rows = self._project(h, spec.down, offsets, rows_out=order, row_weights=w)  # (R, H) in slot order
+        else:
+            rows = self.get_submodule(spec.post_norm)(self._project(h, spec.down, offsets, rows_out=order))
+            kept = ((ids >= 0) & (ids < num_experts)).reshape(-1, 1)  # the norm may move dropped rows off zero
+            rows = torch.where(kept, rows.float() * w[:, None], 0.0).to(x.dtype)
+        return torch.ops.moe_ops.combine(rows, top_k, backend=backend)
+
+    def _project(self, x: Tensor, name: str, offsets: Tensor, *, gate: Gate | None = None, **rows: Any) -> Tensor:
+        """One grouped product of rows sorted by expert, with bias, and the activation where it is known."""
+        backend, invariant = resolve(self.backend)
+        out_dtype, input_scale, codec = x.dtype, self.part(name, "input_scale"), self.quantization.activation
+        if input_scale is not None and codec is not None:
+            if "rows_in" in rows:
+                x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
+            owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
+            x, rows["x_scale"] = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec=codec.name)
+        if gate is not None:
+            rows |= {"activation": gate.activation, "gated": gate.gated}
+            rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
+        return torch.ops.moe_ops.grouped_mm(
+            x, getattr(self, name), offsets, weight_scale=self.part(name, "scale"),
+            weight_global_scale=self.part(name, "global_scale"), weight_zero_point=self.part(name, "zero_point"),
+            bias=self._parameters.get(f"{name}_bias"), format=self.format,
+            shards=self.spec.shards if name == self.spec.up else 1, out_dtype=out_dtype, backend=backend,
+            batch_invariant=invariant, **rows,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """gate_up_proj (E, 2I, H), or up_proj (E, I, H), and down_proj (E, H, I): the values of the stored codes."""
+        up, down = (self._dequantize(name, dtype) for name in self.weight_names())
+        return up, down
+
+    def _dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
+        q, shards = self._get(name), self.spec.shards if name == self.spec.up else 1
+        return torch.cat([dequantize_weight(_one(q, e), shards, dtype) for e in range(q.qdata.shape[0])])
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        gate = s.gate.activation if s.gate else "own gate"
+        size = f"num_experts={s.num_experts}, hidden_size={s.hidden_size}, intermediate_size={s.intermediate_size}"
+        return f"{size}, format={self.format!r}, {gate}, backend={self.backend or 'auto'!r}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        return _new, (self.original_class,), *rest
+
+
+def swap(module: nn.Module, spec: ExpertsSpec, fmt: Format, backend: str | None = None, device: Any = None) -> nn.Module:
+    """A quantized stand-in for an experts module, of a class that derives from the module's own.
+
+    It shares the module's children, hooks and attributes; the module itself is left as it was.
+    """
+    new = carry_over(module, _new(type(module)))
+    new.__dict__ |= {name: value for name, value in (("is_transposed", False), ("is_concatenated", True))}
+    return _fill(new, spec, fmt, backend, device)
+
+
+def restore(module: QuantizedExperts) -> nn.Module:
+    """The float module that `swap` was given: class, layout and dtype, with the values of the stored codes."""
+    spec, original = module.spec, module.original_class
+    if original is None:
+        raise ValueError("experts made by QuantizedExperts.from_float have no float class to go back to; use .dequantize()")
+    new = carry_over(module, original.__new__(original))
+    for name in module.weight_names():
+        w = spec.original(name, module._dequantize(name, module.float_dtype)).contiguous()
+        new._parameters[name] = nn.Parameter(w, requires_grad=spec.trainable)
+        for part in PARTS:
+            new._parameters.pop(f"{name}_{part}", None)
+        _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.original_bias(name, b))
+    for name in (*_STATE, *FLAGS):
+        new.__dict__.pop(name, None)
+    new.__dict__.update(spec.flags)
+    return new
+
+
+@cache
+def _swapped_class(original: type[nn.Module]) -> type[QuantizedExperts]:
+    return type(f"Quantized{original.__name__}", (QuantizedExperts, original), {"original_class": original})
+
+
+def _new(original: type[nn.Module] | None) -> QuantizedExperts:
+    """An empty instance: what unpickling starts from."""
+    cls = QuantizedExperts if original is None else _swapped_class(original)
+    return cls.__new__(cls)
+
+
+def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | None, device: Any) -> QuantizedExperts:
+    """Quantize the float weights that `new` holds, in place of them."""
+    weight = new._parameters[spec.up]
+    assert weight is not None
+    new.spec, new.format, new.backend, new.float_dtype = spec, fmt.name, backend, weight.dtype
+    for name, shards, n, k in spec.matrices:
+        reason = fmt.check(n, k)
+        if reason:
+            raise ValueError(f"{name}: {reason}")
+        new._put(name, _quantize(spec, name, new._parameters[name], shards, fmt, device))
+        _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.canonical_bias(name, b).to(device))
+    return new
+
+
+def _quantize(spec: ExpertsSpec, name: str, weight: Tensor, shards: int, fmt: Format, device: Any) -> QuantizedTensor:
+    """Expert by expert, so that one expert in fp32 is all that is held beside the result."""
+    weight = weight.detach()
+    out: dict[str, Tensor] = {}
+    for e in range(weight.shape[0]):
+        w = spec.canonical(name, weight[e].to(device)).contiguous()  # (S*N, K)
+        q = quantize_weight(fmt.weight, w[None], shards)
+        for part in ("qdata", "scale", "zero_point", "global_scale"):
+            t = getattr(q, part)
+            if t is not None:
+                if e == 0:
+                    out[part] = t.new_empty(weight.shape[0], *t.shape[1:])
+                out[part][e].copy_(t[0])
+    return QuantizedTensor(out["qdata"], out.get("scale"), out.get("zero_point"), out.get("global_scale"), fmt.weight)
+
+
+def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
+    bias = module._parameters.get(key)
+    if bias is not None:
+        changed = change(bias.detach()).contiguous()
+        module._parameters[key] = nn.Parameter(changed, requires_grad=bias.requires_grad)
+
+
+def _one(q: QuantizedTensor, e: int) -> QuantizedTensor:
+    parts = [None if t is None else t[e : e + 1] for t in (q.qdata, q.scale, q.zero_point, q.global_scale)]
+    assert parts[0] is not None
+    return QuantizedTensor(parts[0], *parts[1:], q.codec)
+
+
+def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:
+    if w.ndim != 3 or not w.is_floating_point():
+        raise ValueError(f"weights of experts are (E, N, K) float tensors, got {w.dtype} {tuple(w.shape)}")
+    e, n, k = w.shape
+    return (e, k, n) if transposed else (e, n, k)
+
+
+def _format(fmt: str | Format) -> Format:
+    return FORMATS[fmt] if isinstance(fmt, str) else fmt

@@ -1,0 +1,70 @@
+"""QuantizedLinear: an nn.Linear whose weight is stored in a format.
+
+N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .backends.base import resolve
+from .formats import FORMATS, Format
+from .storage import PARTS, QuantizedModule, carry_over
+
+_STATE = ("format", "backend", "float_dtype", "trainable")
+
+
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """y = x W^T + bias. A subclass of nn.Linear, because adapters (PEFT) are put on nothing else."""
+
+    trainable: bool
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, format: str | Format = "fp8", *, backend: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> QuantizedLinear:  # fmt: skip
+        """Quantized stand-in for `linear`: shares its bias and hooks. Raises ValueError where the format cannot take it."""
+        fmt = FORMATS[format] if isinstance(format, str) else format
+        reason = fmt.check(linear.out_features, linear.in_features)
+        if reason:
+            raise ValueError(f"weight: {reason}")
+        new = carry_over(linear, cls.__new__(cls))
+        weight = linear.weight
+        new.format, new.backend, new.float_dtype, new.trainable = fmt.name, backend, weight.dtype, weight.requires_grad
+        new._put("weight", fmt.weight.quantize(weight.detach().to(device)))
+        if linear.bias is not None and device is not None:
+            new._parameters["bias"] = nn.Parameter(linear.bias.detach().to(device), linear.bias.requires_grad)
+        return new
+
+    def weight_names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in x's dtype."""
+        backend, invariant = resolve(self.backend)
+        return torch.ops.moe_ops.linear(
+            x, self.weight, self.part("weight", "scale"), self.part("weight", "global_scale"),
+            self.part("weight", "zero_point"), self.bias, self.part("weight", "input_scale"), format=self.format,
+            backend=backend, batch_invariant=invariant,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K): the values of the stored codes."""
+        return self.quantization.weight.dequantize(self._get("weight"), dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format!r}, backend={self.backend or 'auto'!r}"
+
+
+def restore(module: QuantizedLinear) -> nn.Linear:
+    """The nn.Linear that `from_float` was given, with the values of the stored codes."""
+    new = carry_over(module, nn.Linear.__new__(nn.Linear))
+    new._parameters["weight"] = nn.Parameter(module.dequantize(module.float_dtype), requires_grad=module.trainable)
+    for part in PARTS:
+        new._parameters.pop(f"weight_{part}", None)
+    for name in _STATE:
+        new.__dict__.pop(name, None)
+    return new
+

@@ -1,0 +1,136 @@
+"""quantize_ and dequantize_: replace modules of a model, in place, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from . import experts, linear
+from .backends.base import check_backend
+from .experts import QuantizedExperts
+from .formats import Format
+from .linear import QuantizedLinear
+from .rules import parse
+from .storage import QuantizedModule
+from .summary import forget_left, remember_left
+from .targets import Place, Target, check_not_compiled, places, plan
+
+_REPLACEMENT = "_moe_ops_replacement"
+_SHOWN = 10
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module, format: str | Format | Mapping[str, str | Format | None] = "fp8", *, ignore: str | Iterable[str] = (),
+    backend: str | None = None, strict: bool = True, device: torch.device | str | None = None, progress: bool | None = None,
+) -> nn.Module:  # fmt: skip
+    """Quantize the experts and Linears of a model in place; returns it. `summary(model)` says what became of what.
+
+    format: a name covers experts and every eligible nn.Linear. A dict of patterns -> names covers what it names:
+        {"experts": "fp8_block", "linear": "fp8", "re:.*layers.0.*": None}; exact names beat globs and "re:...", which
+        beat the classes "experts" and "linear". A pattern covers everything under the modules that it matches.
+    ignore: exact names, globs, "re:...": these stay in float. Routers, embeddings and output heads always do, and so
+        does a Linear that the format cannot take, or whose sides are not multiples of 16.
+    backend: keep these modules on one backend, whatever `use_backend` says.
+    strict: experts that cannot be quantized are an error; else they stay in float.
+    device: quantize each module there, and leave it there.
+    progress: show a bar (needs tqdm); by default on a terminal.
+
+    Nothing is changed before everything has been checked. Each module is then replaced in one step, so that after an
+    interrupt or an out-of-memory error every module is wholly old or wholly new, and a second call finishes. A second
+    call with the same format changes nothing.
+
+    Raises ValueError, listing every reason: unknown format, patterns that match nothing, non-finite weights, experts in
+    an unknown layout or of dimensions that the format cannot take (strict), modules quantized to another format, meta
+    tensors, compiled, offloaded or sharded modules, modules quantized by another library.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"quantize_ takes an nn.Module, got {type(model).__name__}")
+    rules = parse(format, ignore)
+    if backend is not None:
+        check_backend(backend)
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError("modules cannot be quantized on the meta device")
+    found = plan(model, rules, strict)
+    _raise(found.problems)
+    from . import lowering
+
+    lowering.register()
+    remember_left(model, found.left)
+    for target in _with_progress(found.targets, progress):
+        _store(target, target.module.__dict__.get(_REPLACEMENT) or _quantized(target, backend, device))
+    return model
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replace every quantized module by a float one of the original class, layout and dtype; returns the model.
+
+    The weights are the values that the codes stand for, not the ones from before. Raises ValueError for a compiled model
+    and for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to).
+    """
+    check_not_compiled(model)
+    mine = [p for p in places(model) if isinstance(p.module, QuantizedModule)]
+    _raise([
+        f"{p.name or 'the model'} was made by QuantizedExperts.from_float: it has no float class, use its .dequantize()"
+        for p in mine
+        if isinstance(p.module, QuantizedExperts) and p.module.original_class is None
+    ])  # fmt: skip
+    while mine:
+        place = mine.pop(0)
+        m = place.module
+        _store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
+    forget_left(model)
+    return model
+
+
+def _quantized(target: Target, backend: str | None, device: torch.device | str | None) -> nn.Module:
+    m, fmt = target.module, target.format
+    assert fmt is not None
+    if target.spec is None:
+        assert isinstance(m, nn.Linear)
+        return QuantizedLinear.from_float(m, fmt, backend=backend, device=device)
+    return experts.swap(m, target.spec, fmt, backend, device)
+
+
+def _store(place: Place, new: nn.Module) -> None:
+    """Put the new module where the old one is. One store, or none for the model itself, which changes its class."""
+    old = place.module
+    if not place.parents:
+        old.__dict__, old.__class__ = new.__dict__, type(new)
+        return
+    if len(place.parents) > 1:  # interrupted between two stores, a second call must not make another new module
+        old.__dict__[_REPLACEMENT] = new
+    for parent, key in place.parents:
+        parent._modules[key] = new
+
+
+def _with_progress(targets: list[Target], show: bool | None) -> Iterator[Target]:
+    """Hands the targets out one by one, and forgets each, so that its float weights can be freed."""
+    total = len(targets)
+    bar = None
+    if show or (show is None and total > 1 and sys.stderr.isatty()):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            if show:
+                raise ValueError("progress=True needs tqdm") from None
+        else:
+            bar = tqdm(total=total, desc="quantize", unit="module")
+    try:
+        while targets:
+            yield targets.pop(0)
+            if bar is not None:
+                bar.update()
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n".join(["cannot do this, the model is unchanged:", *problems[:_SHOWN], *more]))

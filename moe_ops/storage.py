@@ -1,0 +1,121 @@
+"""What a quantized module stores, and what may be done to it: `.to`, deepcopy, pickle, state_dict, weight initialisation.
+
+Each quantized weight `name` is a frozen parameter that holds codes, with its scales as parameters beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import FORMATS, Format, QuantizedTensor
+
+PARTS = ("scale", "global_scale", "zero_point", "input_scale")
+
+
+class QuantizedModule(nn.Module):
+    """Mixin for modules whose weights are stored in a format.
+
+    `format` is the format's name, `backend` a backend's name or None (the active one), `float_dtype` what the weights
+    had and what `dequantize_` gives back; `.to(dtype)` changes only that and the parameters that are not quantized.
+    """
+
+    format: str
+    backend: str | None
+    float_dtype: torch.dtype
+    _is_hf_initialized = True  # transformers' weight initialisation passes such modules over
+
+    def weight_names(self) -> tuple[str, ...]:
+        """Parameters that hold codes."""
+        raise NotImplementedError
+
+    @property
+    def quantization(self) -> Format:
+        return FORMATS[self.format]
+
+    def part(self, name: str, part: str) -> Tensor | None:
+        """`scale`, `global_scale`, `zero_point` or `input_scale` of a weight."""
+        return self._parameters.get(f"{name}_{part}")
+
+    def bytes_stored(self) -> int:
+        """Bytes of codes and scales."""
+        stored = [self._parameters.get(n) for n in self._protected()]
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    def _protected(self) -> set[str]:
+        return {n for name in self.weight_names() for n in (name, *(f"{name}_{p}" for p in PARTS))}
+
+    def _put(self, name: str, q: QuantizedTensor) -> None:
+        """Store a quantized weight; parts that the format does not have are None."""
+        parts = {name: q.qdata, f"{name}_scale": q.scale, f"{name}_global_scale": q.global_scale}
+        parts |= {f"{name}_zero_point": q.zero_point, f"{name}_input_scale": None}
+        for key, t in parts.items():
+            self._parameters[key] = None if t is None else nn.Parameter(t, requires_grad=False)
+        self._mark()
+
+    def _get(self, name: str) -> QuantizedTensor:
+        """The weight as the codec takes it."""
+        data = [None if t is None else t.detach() for t in (getattr(self, name), *(self.part(name, p) for p in PARTS))]
+        assert data[0] is not None
+        return QuantizedTensor(data[0], data[1], data[3], data[2], self.quantization.weight)
+
+    def _mark(self) -> None:
+        """transformers' initialisers pass marked tensors over, also when they are called on this module by hand."""
+        for p in self._parameters.values():
+            if p is not None:
+                p._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves everything; casts only what is not quantized."""
+        names = self._protected() if self.quantization.quantized else set()
+        kept = {id(p): p for n, p in self._parameters.items() if p is not None and n in names}
+        device = getattr(self, self.weight_names()[0]).device
+        with torch.no_grad():
+            self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device=device)).dtype
+
+        def move(t: Tensor) -> Tensor:
+            if id(t) not in kept:
+                return fn(t)
+            sample = fn(t.new_empty(0))  # tells the device and the dtype that fn would give, without the work
+            return fn(t) if sample.dtype == t.dtype else t.to(sample.device)
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
+        wrong = [
+            f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {getattr(self, name).dtype}"
+            f" ({self.format}): load float weights before quantize_, or dequantize_ first"
+            for name in self.weight_names()
+            if self.quantization.quantized
+            and prefix + name in state_dict
+            and state_dict[prefix + name].dtype != getattr(self, name).dtype
+        ]
+        errors.extend(wrong)
+        if not wrong:  # a copy would cast the values to codes without their scale
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Fill an empty instance with the attributes, hooks, parameters and children of `old`, which stays as it is.
+
+    Hook tables are shared, so that their handles still work; tables of tensors and children are copies.
+    """
+    new.__dict__.update(old.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[table] = dict(old.__dict__[table])
+    new.__dict__.pop("_compiled_call_impl", None)
+    hook = new.__dict__.pop("_hf_hook", None)
+    if hook is not None:  # accelerate wraps forward on the instance: take the wrapper off and put it on again
+        new.__dict__.pop("forward", None)
+        new.__dict__.pop("_old_forward", None)
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
+    return new

@@ -1,0 +1,290 @@
+"""Finds what `quantize_` replaces, what it leaves and why, and what it must refuse. Reads the model, never changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import CannotAdapt, ExpertsSpec, read
+from .experts import QuantizedExperts
+from .formats import Format
+from .rules import Rules
+from .storage import QuantizedModule
+from .summary import Row
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MULTIPLE = 16  # narrower or odd Linears: routers, gates, heads; no kernel gains from them
+
+
+@dataclass
+class Place:
+    """A module, the names that the model has for it, and where it is stored: (parent, key)."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass
+class Target(Place):
+    """A module to replace. `spec` is None for a Linear."""
+
+    format: Format | None = None
+    spec: ExpertsSpec | None = None
+
+
+@dataclass
+class Plan:
+    targets: list[Target] = field(default_factory=list)
+    left: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def leave(self, place: Place, kind: str, note: str) -> None:
+        self.left.append(Row(place.name, kind, None, None, 0, 0, note))
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Every module once, with all its names and parents."""
+    found: dict[int, Place] = {id(model): Place(model, [""])}
+    for name, parent in model.named_modules(remove_duplicate=False):
+        for key, child in parent._modules.items():
+            if child is None:
+                continue
+            place = found.setdefault(id(child), Place(child))
+            place.names.append(f"{name}.{key}" if name else key)
+            if not any(p is parent and k == key for p, k in place.parents):
+                place.parents.append((parent, key))
+    return list(found.values())
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raises ValueError for a compiled model: a graph that exists would keep running the modules that it was made from."""
+    for name, m in model.named_modules():
+        if "_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None:
+            raise ValueError(f"{name or 'the model'} is compiled ({type(m).__name__}): change modules first, then compile")
+
+
+def plan(model: nn.Module, rules: Rules, strict: bool) -> Plan:
+    """What to do with every module. All refusals are collected; non-finite weights are looked for only without any."""
+    check_not_compiled(model)
+    found, everything = Plan(), places(model)
+    unmatched = rules.unmatched([name for p in everything for name in p.names])
+    if unmatched:
+        raise ValueError(f"these patterns match no module: {', '.join(map(repr, unmatched))}")
+    experts, unreadable = _experts(everything)
+    inside = {id(m) for p, _ in [*experts, *unreadable] for m in p.module.modules() if m is not p.module}
+    fixed = _always_left(model, everything, [*experts, *unreadable])
+    specs = {id(p.module): spec for p, spec in experts}
+    reasons = {id(p.module): reason for p, reason in unreadable}
+    for place in everything:
+        m = place.module
+        if id(m) in inside:
+            continue
+        if isinstance(m, QuantizedModule):
+            _already(found, place, rules)
+        elif id(m) in specs:
+            _take_experts(found, place, specs[id(m)], rules, strict)
+        elif id(m) in reasons:
+            _refuse_experts(found, place, reasons[id(m)], rules, strict)
+        elif type(m) is nn.Linear or id(m) in fixed:
+            _take_linear(found, place, fixed.get(id(m)), rules)
+        else:
+            _check_foreign(found, place, rules)
+    if not found.problems:
+        found.problems += [text for t in found.targets for text in _non_finite(t)]
+    return found
+
+
+def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], list[tuple[Place, str]]]:
+    """Experts modules that can be adapted, and those that cannot, with the reason."""
+    good: list[tuple[Place, ExpertsSpec]] = []
+    bad: list[tuple[Place, str]] = []
+    for place in everything:
+        if isinstance(place.module, QuantizedModule):
+            if isinstance(place.module, QuantizedExperts):
+                good.append((place, place.module.spec))
+            continue
+        try:
+            spec = read(place.module)
+        except CannotAdapt as e:
+            bad.append((place, str(e)))
+            continue
+        if spec is not None:
+            good.append((place, spec))
+        elif _named_experts(place):
+            kind = type(place.module).__name__
+            bad.append((place, f"{kind} is held as `experts`, but its class does not carry the layout flags"))
+    blocks = {id(parent) for p, _ in good for parent, _ in p.parents}
+    adapted = {id(m) for p, _ in good for m in (p.module, *p.module.modules())}
+    beside = [  # beside routed experts: shared ones, which are dense; above them: a container
+        (p, why) for p, why in bad
+        if not any(id(parent) in blocks for parent, _ in p.parents) and not any(id(m) in adapted for m in p.module.modules())
+    ]  # fmt: skip
+    outer = {id(m) for p, _ in beside for m in p.module.modules() if m is not p.module}
+    return good, [(p, why) for p, why in beside if id(p.module) not in outer]
+
+
+def _named_experts(place: Place) -> bool:
+    weights = any(True for _ in place.module.parameters())
+    return weights and any(name.rpartition(".")[2] == "experts" for name in place.names)
+
+
+def _always_left(model: nn.Module, everything: list[Place], experts: list) -> dict[int, str]:
+    """Modules that are never quantized, with the reason: routers, embeddings, output heads, adapters."""
+    left: dict[int, str] = {}
+    for place, spec in experts:
+        num_experts = spec.num_experts if isinstance(spec, ExpertsSpec) else None
+        for parent, _ in place.parents:
+            for key, child in parent._modules.items():
+                if child is not None and child is not place.module and _is_router(key, child, num_experts):
+                    left |= {id(m): "router" for m in child.modules()}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for place in everything:
+        m, parts = place.module, {part for name in place.names for part in name.split(".")}
+        if isinstance(m, nn.Embedding):
+            left[id(m)] = "embedding"
+        elif any("router" in part for part in parts):
+            left[id(m)] = "router"
+        elif "lm_head" in parts or (type(m) is nn.Linear and id(m.weight) in embedded):
+            left[id(m)] = "output head"
+        if "base_layer" in m._modules:  # an adapter's wrapper: its own small matrices are what is being trained
+            base = {id(c) for c in m._modules["base_layer"].modules()}  # type: ignore[union-attr]
+            left |= {id(c): "adapter" for c in m.modules() if id(c) not in base and c is not m}
+    return left | {id(head): "output head" for head in _output_heads(model)}
+
+
+def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
+    for m in model.modules():
+        if hasattr(m, "get_output_embeddings"):
+            try:
+                head = m.get_output_embeddings()
+            except NotImplementedError:
+                continue
+            if isinstance(head, nn.Module):
+                yield from head.modules()
+
+
+def _is_router(key: str, module: nn.Module, num_experts: int | None) -> bool:
+    """By name, or by shape: one row per expert, and no Linear that leads back to the input's width (as an MLP has)."""
+    if key in ("gate", "router"):
+        return True
+    back = {m.out_features for m in module.modules() if isinstance(m, nn.Linear)}
+    return any(p.ndim == 2 and p.shape[0] == num_experts and p.shape[1] not in back for p in module.parameters())
+
+
+def _already(found: Plan, place: Place, rules: Rules) -> None:
+    m = place.module
+    assert isinstance(m, QuantizedModule)
+    wanted = rules.pick(place.names, "experts" if isinstance(m, QuantizedExperts) else "linear").format
+    have = m.quantization
+    if wanted is not None and (wanted.weight, wanted.activation) != (have.weight, have.activation):
+        found.problems.append(f"{place.name} is already quantized to {have.name}, not {wanted.name}: dequantize_ it first")
+
+
+def _take_experts(found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, strict: bool) -> None:
+    picked = rules.pick(place.names, "experts")
+    if picked.format is None:
+        found.leave(place, "experts", picked.note)
+        return
+    for name, _, n, k in spec.matrices:
+        reason = picked.format.check(n, k)
+        if reason:
+            _refuse_experts(found, place, f"{name}: {reason}", rules, strict)
+            return
+    problem = _unusable(place.module)
+    if problem:
+        found.problems.append(f"{place.name or 'the model'} {problem}")
+    else:
+        found.targets.append(Target(place.module, place.names, place.parents, picked.format, spec))
+
+
+def _refuse_experts(found: Plan, place: Place, reason: str, rules: Rules, strict: bool) -> None:
+    picked = rules.pick(place.names, "experts")
+    if picked.format is None or not strict:
+        found.leave(place, "experts", reason if picked.format else picked.note)
+    else:
+        found.problems.append(f"{place.name or 'the model'}: {reason} (strict=False leaves such experts in float)")
+
+
+def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> None:
+    m, picked = place.module, rules.pick(place.names, "linear")
+    kind = "linear" if type(m) is nn.Linear else type(m).__name__
+    if fixed is not None:
+        if picked.exact and picked.format is not None:
+            found.problems.append(f"{place.name} ({kind}) is always left in float: {fixed}")
+        elif any(True for _ in m.parameters(recurse=False)):
+            found.leave(place, kind, fixed)
+        return
+    assert isinstance(m, nn.Linear)
+    n, k = m.out_features, m.in_features
+    if picked.format is None:
+        found.leave(place, kind, picked.note)
+    elif not picked.format.quantized:
+        found.leave(place, kind, f"{picked.format.name} is not quantized")
+    elif n % _MULTIPLE or k % _MULTIPLE or n == 1:
+        found.leave(place, kind, f"{n} x {k} is not a multiple of {_MULTIPLE}")
+    elif picked.format.check(n, k):
+        found.leave(place, kind, str(picked.format.check(n, k)))
+    elif problem := _unusable(m):
+        found.problems.append(f"{place.name or 'the model'} {problem}")
+    else:
+        found.targets.append(Target(m, place.names, place.parents, picked.format))
+
+
+def _unusable(m: nn.Module) -> str | None:
+    """Why a module of the right kind cannot be replaced."""
+    hook = m.__dict__.get("_hf_hook")
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    if any(getattr(h, "offload", False) for h in hooks):
+        return "is offloaded (its weights are not in memory): load the model without offloading"
+    if "forward" in m.__dict__ and hook is None:
+        return "has its forward replaced on the instance, which replacing the module would lose"
+    for name, p in m.named_parameters(recurse=False):
+        if p.device.type == "meta":
+            return f"is on the meta device ({name}): load its weights first"
+        if _is_foreign(p):
+            return f"holds {_describe(name, p)}: quantized or sharded by another library"
+    return None
+
+
+def _check_foreign(found: Plan, place: Place, rules: Rules) -> None:
+    """Modules of other kinds are left alone, but not if they are another library's quantized ones."""
+    m = place.module
+    weights = [(n, p) for n, p in m._parameters.items() if p is not None and p.ndim > 1]
+    codes = [(n, b) for n, b in m._buffers.items() if b is not None and b.ndim > 1 and "weight" in n and _is_foreign(b)]
+    bad = [(n, t) for n, t in [*weights, *codes] if _is_foreign(t)]
+    kind = "experts" if weights and weights[0][1].ndim > 2 else "linear"
+    if bad and rules.pick(place.names, kind).format is not None:
+        library = type(m).__module__.partition(".")[0]
+        found.problems.append(
+            f"{place.name or 'the model'} ({library}'s {type(m).__name__}) holds {_describe(*bad[0])}:"
+            " quantized or sharded by another library; add it to ignore, or load the model in float"
+        )
+
+
+def _is_foreign(t: Tensor) -> bool:
+    plain = type(t) in (nn.Parameter, torch.Tensor) and type(t.data) is torch.Tensor
+    return not plain or t.dtype not in _FLOATS
+
+
+def _describe(name: str, t: Tensor) -> str:
+    kind = type(t.data) if type(t) in (nn.Parameter, torch.Tensor) else type(t)
+    return f"{name} ({kind.__name__}, {str(t.dtype).removeprefix('torch.')})"
+
+
+def _non_finite(target: Target) -> Iterator[str]:
+    """Weights with inf or NaN: amax over them would spread that over whole rows."""
+    names = ("weight",) if target.spec is None else tuple(name for name, *_ in target.spec.matrices)
+    for name in names:
+        w = getattr(target.module, name).detach()
+        if w.numel() and not all(bool(torch.isfinite(x)) for x in torch.aminmax(w)):
+            bad = [] if target.spec is None else [e for e in range(w.shape[0]) if not bool(torch.isfinite(w[e]).all())]
+            where = f" (experts {', '.join(map(str, bad[:8]))})" if bad else ""
+            yield f"{target.name}.{name} has non-finite values{where}"
