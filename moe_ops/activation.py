@@ -13,6 +13,7 @@ R rows, I intermediate size. This file imports nothing from the rest of the pack
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,13 +180,13 @@ _SATURATED = 1e4  # an `up` this large shows a clamp: no model's limit comes nea
 
 
 def recognise_gate(module: nn.Module, intermediate_size: int, gated: bool) -> Gate | None:
-    """Which entry of ACTIVATIONS `module._apply_gate` (or `module.act_fn` without a gate) computes; None = none of them.
+    """Which entry of ACTIVATIONS `module._apply_gate` computes (`module.act_fn` without a gate); None = none of them.
 
     The function is evaluated in fp32 on a grid of (g, u) spread over rows and columns, in both column orders, and must
     agree with the formula above everywhere; alpha, beta and limit are read off three evaluations. Nothing depends on
-    names. A gate that raises, that is random, that mixes columns, or that has parameters of its own is not recognised.
+    names. A gate that raises, is random, mixes columns, or has parameters of its own is not recognised.
     """
-    call = module._apply_gate if gated else module.act_fn
+    call: Any = module._apply_gate if gated else module.act_fn
     act = getattr(module, "act_fn", None)
     if isinstance(act, nn.Module) and any(p.requires_grad for p in act.parameters()):
         return None
@@ -241,8 +242,8 @@ def _fit(probe: _Probe) -> Gate | None:
             h = torch.stack([g, u], -1) if probe.gated else g[:, None]
             want = apply_activation(name, h, probe.gated, False, *numbers)[:, 0]
             if torch.allclose(got, want, rtol=2e-5, atol=2e-5):
-                return Gate(activation=name, gated=probe.gated, interleaved=probe.interleaved,
-                            alpha=alpha, beta=beta, limit=limit)
+                layout = {"gated": probe.gated, "interleaved": probe.interleaved}
+                return Gate(activation=name, alpha=alpha, beta=beta, limit=limit, **layout)
     return None
 
 

@@ -22,11 +22,11 @@ _STATE = ("format", "backend", "float_dtype", "spec")
 
 
 class QuantizedExperts(QuantizedModule):
-    """out[t] = sum over a of topk_weights[t, a] * down(act(gate_up(hidden[t]))) with the weights of expert topk_ids[t, a].
+    """out[t] = sum of topk_weights[t, a] * down(act(gate_up(hidden[t]))), with the weights of expert topk_ids[t, a].
 
     Ids outside 0..num_experts-1 contribute zero; `num_experts` is read at each call. `spec` is the layout of the float
-    module; what is stored is canonical: gate_up_proj (E, 2I, H), gate rows first (up_proj (E, I, H) without a gate), and
-    down_proj (E, H, I).
+    module; what is stored is canonical: gate_up_proj (E, 2I, H), gate rows first, or up_proj (E, I, H) without a gate,
+    and down_proj (E, H, I).
     """
 
     spec: ExpertsSpec
@@ -35,14 +35,15 @@ class QuantizedExperts(QuantizedModule):
     @classmethod
     def from_float(
         cls, gate_up_proj: Tensor, down_proj: Tensor, format: str | Format = "fp8", *,
-        gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu", gated: bool = True,
-        interleaved: bool = False, transposed: bool = False, alpha: float | None = None, beta: float | None = None,
-        limit: float | None = None, backend: str | None = None, device: torch.device | str | None = None,
+        gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+        gated: bool = True, interleaved: bool = False, transposed: bool = False, alpha: float | None = None,
+        beta: float | None = None, limit: float | None = None, backend: str | None = None,
+        device: torch.device | str | None = None,
     ) -> QuantizedExperts:  # fmt: skip
         """gate_up_proj (E, 2I, H), or (E, I, H) when not gated; down_proj (E, H, I); biases (E, 2I) and (E, H).
 
-        transposed: (E, H, 2I) and (E, I, H). interleaved: rows (and bias) of gate and up alternate. Raises ValueError for
-        shapes that do not fit, an unknown format or activation, and dimensions that the format cannot take.
+        transposed: (E, H, 2I) and (E, I, H). interleaved: rows (and bias) of gate and up alternate. Raises ValueError
+        for shapes that do not fit, an unknown format or activation, and dimensions that the format cannot take.
         """
         name, alpha, beta, limit = resolve_activation(activation, alpha, beta, limit)
         gate = Gate(activation=name, gated=gated, interleaved=interleaved, alpha=alpha, beta=beta, limit=limit)
@@ -64,14 +65,14 @@ class QuantizedExperts(QuantizedModule):
         for key, bias in ((f"{spec.up}_bias", gate_up_bias), (f"{spec.down}_bias", down_bias)):
             if bias is not None:
                 new._parameters[key] = nn.Parameter(bias.detach())
-        new.num_experts = e
+        new.__dict__["num_experts"] = e
         return _fill(new, spec, _format(format), backend, device)
 
     def weight_names(self) -> tuple[str, ...]:
         return self.spec.up, self.spec.down
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """hidden (T, H), topk_ids and topk_weights (T, A) -> (T, H) in hidden's dtype. Any leading dims instead of T."""
+        """hidden (T, H), topk_ids and topk_weights (T, A) -> (T, H) in its dtype. Any leading dims for T."""
         spec, top_k = self.spec, topk_ids.shape[-1]
         if hidden.shape[-1] != spec.hidden_size:
             raise ValueError(f"these experts take rows of {spec.hidden_size}, got {tuple(hidden.shape)}")
@@ -80,7 +81,7 @@ class QuantizedExperts(QuantizedModule):
                 f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be"
                 f" {tuple(hidden.shape[:-1])} + (experts per token,)"
             )
-        num_experts = getattr(self, "num_experts", spec.num_experts)
+        num_experts: Any = getattr(self, "num_experts", spec.num_experts)
         if num_experts != getattr(self, spec.up).shape[0]:  # a shard: its first num_experts are its own
             topk_ids = torch.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1)
         x = hidden.reshape(-1, spec.hidden_size)  # (T, H)
@@ -102,19 +103,21 @@ class QuantizedExperts(QuantizedModule):
         )  # fmt: skip
 
     def _unfused(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The same in parts: the module's own gate or post norm runs between them, on rows in its own order."""
+        """The same in parts: the module's own gate, on columns in its own order, and its post norm run between."""
         spec, num_experts, top_k = self.spec, getattr(self, self.spec.up).shape[0], ids.shape[1]
         backend, _ = resolve(self.backend)
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
         h = self._project(x, spec.up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
         if spec.gate is None:
             h = interleave(h) if spec.interleaved else h
-            h = (self._apply_gate(h) if spec.gated else self.act_fn(h)).to(x.dtype)  # (R, I)
+            own: Any = self._apply_gate if spec.gated else self.act_fn
+            h = own(h).to(x.dtype)  # (R, I)
         w = weights.reshape(-1).float()  # (R,) in slot order
         if spec.post_norm is None:
             rows = self._project(h, spec.down, offsets, rows_out=order, row_weights=w)  # (R, H) in slot order
         else:
-            rows = self.get_submodule(spec.post_norm)(self._project(h, spec.down, offsets, rows_out=order))
+            norm: Any = getattr(self, spec.post_norm)
+            rows = norm(self._project(h, spec.down, offsets, rows_out=order))
             kept = ((ids >= 0) & (ids < num_experts)).reshape(-1, 1)  # the norm may move dropped rows off zero
             rows = torch.where(kept, rows.float() * w[:, None], 0.0).to(x.dtype)
         return torch.ops.moe_ops.combine(rows, top_k, backend=backend)
@@ -122,8 +125,8 @@ class QuantizedExperts(QuantizedModule):
     def _project(self, x: Tensor, name: str, offsets: Tensor, *, gate: Gate | None = None, **rows: Any) -> Tensor:
         """One grouped product of rows sorted by expert, with bias, and the activation where it is known."""
         backend, invariant = resolve(self.backend)
-        out_dtype, input_scale, codec = x.dtype, self.part(name, "input_scale"), self.quantization.activation
-        if input_scale is not None and codec is not None:
+        out_dtype, input_scale = x.dtype, self.part(name, "input_scale")
+        if input_scale is not None and (codec := self.quantization.activation) is not None:
             if "rows_in" in rows:
                 x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
             owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
@@ -155,17 +158,19 @@ class QuantizedExperts(QuantizedModule):
         return f"{size}, format={self.format!r}, {gate}, backend={self.backend or 'auto'!r}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (self.original_class,), *rest
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new, (self.original_class,), *reduced[2:]
 
 
-def swap(module: nn.Module, spec: ExpertsSpec, fmt: Format, backend: str | None = None, device: Any = None) -> nn.Module:
+def swap(
+    module: nn.Module, spec: ExpertsSpec, fmt: Format, backend: str | None = None, device: Any = None
+) -> QuantizedExperts:
     """A quantized stand-in for an experts module, of a class that derives from the module's own.
 
     It shares the module's children, hooks and attributes; the module itself is left as it was.
     """
     new = carry_over(module, _new(type(module)))
-    new.__dict__ |= {name: value for name, value in (("is_transposed", False), ("is_concatenated", True))}
+    new.__dict__ |= {"is_transposed": False, "is_concatenated": True}
     return _fill(new, spec, fmt, backend, device)
 
 
@@ -173,7 +178,7 @@ def restore(module: QuantizedExperts) -> nn.Module:
     """The float module that `swap` was given: class, layout and dtype, with the values of the stored codes."""
     spec, original = module.spec, module.original_class
     if original is None:
-        raise ValueError("experts made by QuantizedExperts.from_float have no float class to go back to; use .dequantize()")
+        raise ValueError("experts made by QuantizedExperts.from_float have no float class: use .dequantize()")
     new = carry_over(module, original.__new__(original))
     for name in module.weight_names():
         w = spec.original(name, module._dequantize(name, module.float_dtype)).contiguous()
@@ -188,11 +193,11 @@ def restore(module: QuantizedExperts) -> nn.Module:
 
 
 @cache
-def _swapped_class(original: type[nn.Module]) -> type[QuantizedExperts]:
+def _swapped_class(original: Any) -> type[QuantizedExperts]:
     return type(f"Quantized{original.__name__}", (QuantizedExperts, original), {"original_class": original})
 
 
-def _new(original: type[nn.Module] | None) -> QuantizedExperts:
+def _new(original: Any) -> QuantizedExperts:
     """An empty instance: what unpickling starts from."""
     cls = QuantizedExperts if original is None else _swapped_class(original)
     return cls.__new__(cls)
@@ -207,7 +212,9 @@ def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | 
         reason = fmt.check(n, k)
         if reason:
             raise ValueError(f"{name}: {reason}")
-        new._put(name, _quantize(spec, name, new._parameters[name], shards, fmt, device))
+        weight = new._parameters[name]
+        assert weight is not None
+        new._put(name, _quantize(spec, name, weight, shards, fmt, device))
         _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.canonical_bias(name, b).to(device))
     return new
 
@@ -236,9 +243,8 @@ def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
 
 
 def _one(q: QuantizedTensor, e: int) -> QuantizedTensor:
-    parts = [None if t is None else t[e : e + 1] for t in (q.qdata, q.scale, q.zero_point, q.global_scale)]
-    assert parts[0] is not None
-    return QuantizedTensor(parts[0], *parts[1:], q.codec)
+    scale, zero, global_scale = (None if t is None else t[e : e + 1] for t in (q.scale, q.zero_point, q.global_scale))
+    return QuantizedTensor(q.qdata[e : e + 1], scale, zero, global_scale, q.codec)
 
 
 def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:

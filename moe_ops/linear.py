@@ -25,7 +25,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         cls, linear: nn.Linear, format: str | Format = "fp8", *, backend: str | None = None,
         device: torch.device | str | None = None,
     ) -> QuantizedLinear:  # fmt: skip
-        """Quantized stand-in for `linear`: shares its bias and hooks. Raises ValueError where the format cannot take it."""
+        """Quantized stand-in for `linear`; shares its bias and hooks. ValueError where the format cannot take it."""
         fmt = FORMATS[format] if isinstance(format, str) else format
         reason = fmt.check(linear.out_features, linear.in_features)
         if reason:
@@ -67,4 +67,3 @@ def restore(module: QuantizedLinear) -> nn.Linear:
     for name in _STATE:
         new.__dict__.pop(name, None)
     return new
-

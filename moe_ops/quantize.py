@@ -24,8 +24,9 @@ _SHOWN = 10
 
 @torch.no_grad()
 def quantize_(
-    model: nn.Module, format: str | Format | Mapping[str, str | Format | None] = "fp8", *, ignore: str | Iterable[str] = (),
-    backend: str | None = None, strict: bool = True, device: torch.device | str | None = None, progress: bool | None = None,
+    model: nn.Module, format: str | Format | Mapping[str, str | Format | None] = "fp8", *,
+    ignore: str | Iterable[str] = (), backend: str | None = None, strict: bool = True,
+    device: torch.device | str | None = None, progress: bool | None = None,
 ) -> nn.Module:  # fmt: skip
     """Quantize the experts and Linears of a model in place; returns it. `summary(model)` says what became of what.
 
@@ -69,8 +70,8 @@ def quantize_(
 def dequantize_(model: nn.Module) -> nn.Module:
     """Replace every quantized module by a float one of the original class, layout and dtype; returns the model.
 
-    The weights are the values that the codes stand for, not the ones from before. Raises ValueError for a compiled model
-    and for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to).
+    The weights are the values that the codes stand for, not the ones from before. Raises ValueError for a compiled
+    model, and for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to).
     """
     check_not_compiled(model)
     mine = [p for p in places(model) if isinstance(p.module, QuantizedModule)]

@@ -1,4 +1,4 @@
-"""Which format the user asked for, by module name: exact names, globs, "re:..." and the classes "experts" and "linear"."""
+"""Which format the user asked for, by module name: exact, glob, "re:...", or the classes "experts" and "linear"."""
 
 from __future__ import annotations
 

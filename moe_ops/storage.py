@@ -1,4 +1,4 @@
-"""What a quantized module stores, and what may be done to it: `.to`, deepcopy, pickle, state_dict, weight initialisation.
+"""What a quantized module stores, and what may be done to it: `.to`, deepcopy, pickle, state_dict, initialisation.
 
 Each quantized weight `name` is a frozen parameter that holds codes, with its scales as parameters beside it.
 """
@@ -6,13 +6,14 @@ Each quantized weight `name` is a frozen parameter that holds codes, with its sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS, Format, QuantizedTensor
 
+M = TypeVar("M", bound=nn.Module)
 PARTS = ("scale", "global_scale", "zero_point", "input_scale")
 
 
@@ -88,7 +89,7 @@ class QuantizedModule(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         wrong = [
             f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {getattr(self, name).dtype}"
             f" ({self.format}): load float weights before quantize_, or dequantize_ first"
@@ -102,7 +103,7 @@ class QuantizedModule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+def carry_over(old: nn.Module, new: M) -> M:
     """Fill an empty instance with the attributes, hooks, parameters and children of `old`, which stays as it is.
 
     Hook tables are shared, so that their handles still work; tables of tensors and children are copies.

@@ -17,7 +17,7 @@ _LEFT = "_moe_ops_left"
 
 @dataclass(frozen=True)
 class Row:
-    """One module. `format` is None where it stays float, and `note` says why. Bytes of weights and scales, not biases."""
+    """One module. `format` is None where it stays float, and `note` says why. Bytes are of weights and scales."""
 
     name: str
     kind: str
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """`rows` is the data, in the order of the modules; `str()` a table in which layers that fared alike share a line."""
+    """`rows` is the data, in the order of the modules; `str()` a table where layers that fared alike share a line."""
 
     rows: tuple[Row, ...]
 
@@ -52,14 +52,16 @@ class Summary:
             before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
             shown = name if len(rows) > 1 else rows[0].name
             count = f"x {len(rows)}" if len(rows) > 1 else ""
-            cells.append((shown or "(the model)", count, kind, fmt or "-", backend or "-", _size(before), _size(after), note))
+            texts = (fmt or "-", backend or "-", _size(before), _size(after), note)
+            cells.append((shown or "(the model)", count, kind, *texts))
         cells.append(("total", "", "", "", "", _size(self.bytes_before), _size(self.bytes_after), ""))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         right = {1, 5, 6}
-        return "\n".join(
-            "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        padded = [
+            [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             for row in cells
-        )
+        ]
+        return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def summary(model: nn.Module) -> Summary:

@@ -1,9 +1,10 @@
-"""Finds what `quantize_` replaces, what it leaves and why, and what it must refuse. Reads the model, never changes it."""
+"""Finds what `quantize_` replaces, what it leaves and why, and what it must refuse; changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +66,10 @@ def places(model: nn.Module) -> list[Place]:
 
 
 def check_not_compiled(model: nn.Module) -> None:
-    """Raises ValueError for a compiled model: a graph that exists would keep running the modules that it was made from."""
+    """Raises ValueError for a compiled model: its graphs would keep running the modules they were made from."""
     for name, m in model.named_modules():
         if "_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None:
-            raise ValueError(f"{name or 'the model'} is compiled ({type(m).__name__}): change modules first, then compile")
+            raise ValueError(f"{name or 'the model'} is compiled ({type(m).__name__}): quantize first, then compile")
 
 
 def plan(model: nn.Module, rules: Rules, strict: bool) -> Plan:
@@ -123,12 +124,13 @@ def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], 
             bad.append((place, f"{kind} is held as `experts`, but its class does not carry the layout flags"))
     blocks = {id(parent) for p, _ in good for parent, _ in p.parents}
     adapted = {id(m) for p, _ in good for m in (p.module, *p.module.modules())}
-    beside = [  # beside routed experts: shared ones, which are dense; above them: a container
+    bad = [  # not what is beside routed experts (shared ones are dense), and not what contains some
         (p, why) for p, why in bad
-        if not any(id(parent) in blocks for parent, _ in p.parents) and not any(id(m) in adapted for m in p.module.modules())
+        if all(id(parent) not in blocks for parent, _ in p.parents)
+        and all(id(m) not in adapted for m in p.module.modules())
     ]  # fmt: skip
-    outer = {id(m) for p, _ in beside for m in p.module.modules() if m is not p.module}
-    return good, [(p, why) for p, why in beside if id(p.module) not in outer]
+    within = {id(m) for p, _ in bad for m in p.module.modules() if m is not p.module}
+    return good, [(p, why) for p, why in bad if id(p.module) not in within]
 
 
 def _named_experts(place: Place) -> bool:
@@ -164,7 +166,7 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
     for m in model.modules():
         if hasattr(m, "get_output_embeddings"):
             try:
-                head = m.get_output_embeddings()
+                head: Any = m.get_output_embeddings()  # type: ignore[operator]
             except NotImplementedError:
                 continue
             if isinstance(head, nn.Module):
@@ -185,7 +187,9 @@ def _already(found: Plan, place: Place, rules: Rules) -> None:
     wanted = rules.pick(place.names, "experts" if isinstance(m, QuantizedExperts) else "linear").format
     have = m.quantization
     if wanted is not None and (wanted.weight, wanted.activation) != (have.weight, have.activation):
-        found.problems.append(f"{place.name} is already quantized to {have.name}, not {wanted.name}: dequantize_ it first")
+        found.problems.append(
+            f"{place.name or 'the model'} is already quantized to {have.name}, not {wanted.name}: dequantize_ first"
+        )
 
 
 def _take_experts(found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, strict: bool) -> None:
