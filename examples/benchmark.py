@@ -302,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
             lost = f"{type(error).__name__}: {error}"
     save_json(run)
     print_omissions(run)
-    wrong = print_table(list(run.cells.values()), describe(device), peers.PEER_LEGEND, device.type == "cuda")
+    by_format = sorted(run.cells.values(), key=lambda cell: args.formats.index(cell.format))
+    wrong = print_table(by_format, describe(device), peers.PEER_LEGEND, device.type == "cuda")
     if lost:
         print(f"the run ended early: {lost}")
     return 1 if wrong or lost else 0
