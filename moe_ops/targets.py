@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -234,12 +237,32 @@ def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> 
         found.leave(place, kind, f"{picked.format.name} is not quantized")
     elif n % _MULTIPLE or k % _MULTIPLE or n == 1:
         found.leave(place, kind, f"{n} x {k} is not a multiple of {_MULTIPLE}")
-    elif picked.format.check(n, k):
-        found.leave(place, kind, str(picked.format.check(n, k)))
+    elif reason := picked.format.check(n, k) or _read_by_parent(place):
+        found.leave(place, kind, reason)
     elif problem := _unusable(m):
         found.problems.append(f"{place.name or 'the model'} {problem}")
     else:
         found.targets.append(Target(m, place.names, place.parents, picked.format))
+
+
+def _read_by_parent(place: Place) -> str | None:
+    """The parent's own code takes the weight (x.to(self.proj.weight.dtype), a fused kernel): codes would mislead it."""
+    for parent, key in place.parents:
+        pattern = rf"\.{re.escape(key)}\.weight\b(?!\.(device|shape|size|ndim))"
+        bases: Any = type(parent).__mro__
+        if any(re.search(pattern, _source(cls)) for cls in bases if issubclass(cls, nn.Module)):
+            return f"the code of {type(parent).__name__} reads {key}.weight"
+    return None
+
+
+@cache
+def _source(cls: Any) -> str:
+    if cls is nn.Module:
+        return ""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # made at run time, or compiled
+        return ""
 
 
 def _unusable(m: nn.Module) -> str | None:
