@@ -1,0 +1,102 @@
+"""out[o] = weight[o] * act((x[r] . W[e]^T) * x_scale * w_scale + bias[e]) for every row of every expert e, in one launch.
+
+M rows (sorted by expert), N output channels, K contraction, E experts. A program finds its expert from the offsets, so
+no table of tiles is prepared, and any BLOCK_M serves any routing. Rows that no expert owns are written as 0.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import gate
+from .tile import accumulate, along_m, along_n, channel_rows, find_rows, store_tile, swizzle
+
+
+@triton.jit
+def finish(acc, xs, ws_ptrs, bias_ptrs, SCALED: tl.constexpr, SWAP: tl.constexpr):
+    """Scales that do not change along K, one per row and per channel, then the bias."""
+    if not SCALED:
+        if xs is not None:
+            acc = acc * along_m(xs, SWAP)
+        if ws_ptrs is not None:
+            acc = acc * along_n(tl.load(ws_ptrs), SWAP)
+    if bias_ptrs is not None:
+        acc = acc + along_n(tl.load(bias_ptrs).to(tl.float32), SWAP)
+    return acc
+
+
+@triton.jit
+def _grouped_mm_kernel(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, offsets_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
+    num_rows, num_m, E, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
+    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk,
+    stride_be, stride_om,
+    MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, UNIFORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
+    if first >= end:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m = m < end
+    m = tl.where(in_m, m, first)  # rows past the end repeat the first: loads stay inside, their results are dropped
+    to = m if write_ptr is None else tl.load(write_ptr + m)
+    if expert >= E:
+        zeros = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        store_tile(out_ptr, zeros, to, n, in_m, N, stride_om, SWAP)
+        return
+
+    source = m if read_ptr is None else tl.load(read_ptr + m) // top_k
+    c = tl.minimum(n, N - 1)
+    row, scale_row = channel_rows(c, shard_rows, GROUP_N, INTERLEAVED)
+    kk = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + kk[None, :] * stride_xk
+    w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we + row[:, None] * stride_wn + kk[None, :] * stride_wk
+    xs_ptrs = xs_ptr if xs_ptr is None else xs_ptr + source * stride_xsm
+    bias_ptrs = bias_ptr if bias_ptr is None else bias_ptr + expert * stride_be + row
+    if UNIFORM:  # every channel of the tile has the scale of the first
+        _, scale_row = channel_rows(tl.minimum(tile_n * BLOCK_N, N - 1), shard_rows, GROUP_N, INTERLEAVED)
+    ws_ptrs = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse + scale_row * stride_wsn
+    acc, acc_up = accumulate(
+        x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk, MMA, DECODE_X,
+        DECODE_W, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_K, GATED, SCALED, UNIFORM, EVEN_K, SWAP, PROMOTE,
+    )  # fmt: skip
+
+    xs = None
+    if xs_ptr is not None and not SCALED:
+        xs = tl.load(xs_ptrs)
+    acc = finish(acc, xs, ws_ptrs, bias_ptrs, SCALED, SWAP)
+    if ACT is not None:  # one cast before the activation, one after: what an unfused layer computes
+        if GATED:
+            up_ws_ptrs = ws_ptrs if ws_ptr is None else ws_ptrs + up_ws
+            up_bias_ptrs = bias_ptrs if bias_ptr is None else bias_ptrs + up_b
+            acc_up = finish(acc_up, xs, up_ws_ptrs, up_bias_ptrs, SCALED, SWAP)
+        g, u = acc.to(out_ptr.dtype.element_ty).to(tl.float32), acc_up.to(out_ptr.dtype.element_ty).to(tl.float32)
+        acc = gate(g, u, alpha, beta, limit, ACT, GATED)
+    if weights_ptr is not None:
+        if ACT is not None:
+            acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
+        acc = acc * along_m(tl.load(weights_ptr + to), SWAP)
+    store_tile(out_ptr, acc, to, n, in_m, N, stride_om, SWAP)
+
+
+def row_tiles(num_rows: int, num_experts: int, block_m: int, has_offsets: bool) -> tuple[int, bool]:
+    """Upper bound of the row tiles, known on the host, and whether a tile is a row (see `find_rows`)."""
+    if not has_offsets:
+        return triton.cdiv(num_rows, block_m), False
+    by_expert = num_rows // block_m + num_experts + 1
+    return (num_rows, True) if num_rows < by_expert else (by_expert, False)
+
+
+def launch_grid(num_m: int, n: int, block_n: int) -> tuple[int]:
+    return (num_m * triton.cdiv(n, block_n),)
+
+
+def stride(t: Tensor | None, dim: int) -> int:
+    """0 where a scale does not vary: no tensor, one value, or an extent of 1."""
+    return 0 if t is None or t.ndim == 0 or t.shape[dim] == 1 else t.stride(dim)

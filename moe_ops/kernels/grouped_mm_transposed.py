@@ -1,0 +1,57 @@
+"""out[i] = x[i] . W[e] for every row i of every expert e: the gradient of a grouped product with respect to its rows.
+
+M rows (sorted by expert), C channels of the weight (the contraction), K its columns (the output), E experts. The weight
+is dequantized as it is read, (code * scale) rounded to the type of x: scales lie along the contraction here.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import channel_rows, find_rows, mma, store_tile, swizzle
+
+
+@triton.jit
+def _grouped_mm_transposed_kernel(
+    x_ptr, w_ptr, ws_ptr, offsets_ptr, out_ptr,
+    num_rows, num_m, E, C, K, shard_rows,
+    stride_xm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk, stride_om,
+    MMA: tl.constexpr, DECODE_W: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EVEN_C: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    tile, tile_k = swizzle(tl.program_id(0), num_m, tl.cdiv(K, BLOCK_N), GROUP_M)
+    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
+    if first >= end:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m = m < end
+    m = tl.where(in_m, m, first)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    if expert >= E:
+        store_tile(out_ptr, acc, m, k, in_m, K, stride_om, SWAP)
+        return
+
+    column = tl.minimum(k, K - 1)
+    w_ptr += tl.cast(expert, tl.int64) * stride_we
+    ws_ptr = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse
+    cc = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + cc[None, :]
+    for c0 in range(0, C, BLOCK_K):
+        c = c0 + cc
+        inside = (c < C)[None, :]
+        row, scale_row = channel_rows(tl.minimum(c, C - 1), shard_rows, GROUP_N, INTERLEAVED)
+        w_ptrs = w_ptr + column[:, None] * stride_wk + row[None, :] * stride_wn  # (BN, BK)
+        if EVEN_C:
+            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+        else:
+            x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
+        w = DECODE_W(w)
+        if ws_ptr is not None:
+            at = scale_row[None, :] * stride_wsn
+            if GROUP_K > 0:
+                at += (column // GROUP_K)[:, None] * stride_wsk
+            w = w.to(tl.float32) * tl.load(ws_ptr + at)
+        acc = mma(x.to(MMA), w.to(MMA), acc, SWAP, None)
+        x_ptrs += BLOCK_K
+    store_tile(out_ptr, acc, m, k, in_m, K, stride_om, SWAP)
