@@ -1,0 +1,213 @@
+"""Times tile configurations of the grouped products on this GPU, for moe_ops/kernels/configs.py.
+
+    python examples/tune.py --formats fp8 --shapes A B --json times.json
+
+A job is one product (first: gate and up with gathered rows; second: down, scattered) of one shape, format and number of
+tokens. Every candidate is compiled in parallel processes first, then timed alone by CUDA-graph replay over rotating
+inputs; its result must agree with the first candidate's. The table gives the best per job, the file every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import _bench_peers as peers
+import torch
+from _bench_timing import Replay
+
+import moe_ops.ops  # noqa: F401
+from moe_ops.activation import Gate
+from moe_ops.backends.base import Rows, Weight
+from moe_ops.formats import FORMATS
+from moe_ops.kernels.configs import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    format: str
+    shape: str
+    tokens: int
+    first: bool  # gate and up; else down
+
+    @property
+    def rows_per_expert(self) -> float:
+        s = peers.SHAPES[self.shape]
+        rows = self.tokens * s.top_k
+        return rows / (s.experts * (1 - (1 - 1 / s.experts) ** rows))
+
+
+def candidates(job: Job) -> Iterator[Config]:
+    """Tiles worth trying for that many rows per expert; the weights go first (swap) where rows are few."""
+    wide, r = FORMATS[job.format].activation is None, job.rows_per_expert
+    scaled = FORMATS[job.format].weight.block == (128, 128)
+    ks = (64, 128) if wide else (128,) if scaled else (128, 256)
+    if r <= 2:
+        yield from (Config(16, n, ks[-1], w, s) for n, w, s in ((16, 2, 6), (16, 4, 4), (32, 4, 4), (32, 4, 6)))
+    if r <= 64:
+        m = 16 if r <= 16 else 32 if r <= 32 else 64
+        tiles = [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)]
+        yield from (Config(m, n, k, w, s, swap=True) for (n, w, s), k in product(tiles, ks))
+        yield from (Config(m, n, ks[0], 4, 4) for n in (64, 128))
+    if r > 32:
+        tall = (64,) if r <= 64 else (64, 128) if r <= 200 else (128, 256)
+        groups = (1,) if r <= 100 else (8,) if r <= 200 else (4, 16)
+        for m, n, w, s, g in product(tall, (64, 128, 256), (4, 8), (3, 4), groups):
+            per_warp = m * n * (2 if job.first else 1) // w  # accumulators: 128 registers of 32 lanes are 4096
+            if 1024 <= per_warp <= 4096:
+                yield Config(m, n, ks[0] if wide else 128, w, s, group_m=g)
+
+
+def shared_bytes(c: Config, job: Job) -> int:
+    size = 2 if FORMATS[job.format].activation is None else 1
+    weight = 2 if job.format == "bf16" else 1
+    return c.stages * c.block_k * (c.block_m * size + c.block_n * weight * (2 if job.first else 1))
+
+
+def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
+    """(x, x_scale, weight, rows, gate, format) of each set, as backends/triton.py's `grouped_mm` takes them."""
+    import moe_ops.backends.triton as backend
+
+    shape, fmt = peers.SHAPES[job.shape], weights.format
+    q = weights.gate_up if job.first else weights.down
+    w = Weight(q.qdata, q.scale, shards=2 if job.first else 1)
+    out = []
+    for x, ids, topk_weights in sets:
+        order, offsets = backend.Parts.sort_by_expert(ids, shape.experts)
+        rows = Rows(offsets, read=order, top_k=shape.top_k) if job.first else Rows(
+            offsets, write=order, weights=topk_weights.reshape(-1))  # fmt: skip
+        if not job.first:
+            x = torch.randn(ids.numel(), shape.intermediate, dtype=x.dtype, device=x.device)
+        x_scale = None
+        if fmt.activation is not None:
+            x, x_scale = backend.quantize(x, fmt.activation)
+        out.append((x, x_scale, w, rows, Gate(activation="silu", gated=True) if job.first else None, fmt))
+    return out
+
+
+def _compile(job: Job, configs: list[Config]) -> int:
+    """Compile the launches of a job without running them: tensors are stood in for by their types."""
+    import moe_ops.backends.triton as backend
+
+    class Warm:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                types = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
+                self.kernel.warmup(*types, grid=(1,), **kwargs)
+
+            return launch
+
+    shape, fmt = peers.SHAPES[job.shape], FORMATS[job.format]
+    meta, kernel = {"device": "meta"}, backend._grouped_mm_kernel
+    (e, n, k), r = (shape.experts, 2 * shape.intermediate, shape.hidden), job.tokens * shape.top_k
+    if not job.first:
+        n, k = shape.hidden, shape.intermediate
+    one = fmt.weight.quantize(torch.zeros(1, n // (2 if job.first else 1), k, **meta)) if fmt.quantized else None
+    scale = None if one is None else torch.empty(e, one.scale.shape[1] * (2 if job.first else 1), one.scale.shape[2], **meta)
+    weight = torch.empty(e, n, k, dtype=one.qdata.dtype if one else torch.bfloat16, **meta)
+    x, x_scale = torch.empty(job.tokens if job.first else r, k, dtype=torch.bfloat16, **meta), None
+    if fmt.activation is not None:
+        q = fmt.activation.quantize(x)
+        x, x_scale = q.qdata, q.scale
+    index = torch.empty(r, dtype=torch.int32, **meta)
+    rows = Rows(index[: e + 1] if r > e else torch.empty(e + 1, dtype=torch.int32, **meta))
+    rows = Rows(rows.offsets, read=index, top_k=shape.top_k) if job.first else Rows(
+        rows.offsets, write=index, weights=index.float())  # fmt: skip
+    failed = 0
+    with patched(backend, _grouped_mm_kernel=Warm(kernel), arch_of=lambda d: torch.cuda.get_device_capability()[0] * 10):
+        for config in configs:
+            with patched(backend, choose=lambda *_, config=config: config):
+                try:
+                    backend.grouped_mm(x, x_scale, Weight(weight, scale, shards=2 if job.first else 1), rows,
+                                       Gate(activation="silu", gated=True) if job.first else None, fmt,
+                                       out_dtype=torch.bfloat16)  # fmt: skip
+                except Exception:  # it fails again, and is reported, when it is timed
+                    failed += 1
+    return failed
+
+
+class patched:
+    """Attributes of a module, replaced for a while."""
+
+    def __init__(self, module: Any, **values: Any) -> None:
+        self.module, self.values = module, values
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(self.module, name) for name in self.values}
+        vars(self.module).update(self.values)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.module).update(self.before)
+
+
+def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list) -> list[dict]:
+    import moe_ops.backends.triton as backend
+
+    calls, results, expected = arguments(job, weights, sets), [], None
+    for config in configs:
+        entry: dict[str, Any] = {**asdict(job), "config": asdict(config), "rows_per_expert": job.rows_per_expert}
+        try:
+            with patched(backend, choose=lambda *_, config=config: config):
+                replay = Replay(lambda *a: backend.grouped_mm(*a, out_dtype=torch.bfloat16), calls)
+                entry["us"] = replay.time(0.02)
+                out = replay.poisoned_run()[0].float()
+            expected = out if expected is None else expected
+            entry["difference"] = ((out - expected).norm() / expected.norm()).item()
+        except Exception as error:
+            entry["error"] = f"{type(error).__name__}: {str(error)[:120]}"
+        results.append(entry)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "fp8_block", "fp8/bf16"])
+    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], choices=[s for s in peers.SHAPES])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 2048, 8192])
+    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    start, results = time.monotonic(), []
+    jobs = {Job(f, s, t, first) for f, s, t, first in product(args.formats, args.shapes, args.tokens, (True, False))}
+    plan = {j: [c for c in candidates(j) if shared_bytes(c, j) <= 220_000] for j in jobs}
+    print(f"{len(plan)} jobs, {sum(map(len, plan.values()))} candidates", flush=True)
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        parts = [(j, plan[j][i : i + 8]) for j in plan for i in range(0, len(plan[j]), 8)]
+        failed = sum(pool.map(_compile, *zip(*parts, strict=True)))
+    print(f"compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
+    device = torch.device("cuda")
+    for shape in args.shapes:
+        floats = peers.random_floats(peers.SHAPES[shape], device)
+        for fmt in args.formats:
+            weights = peers.quantized_weights(floats, fmt)
+            for tokens in args.tokens:
+                sets = peers.random_sets(peers.SHAPES[shape], tokens, device)
+                for job in (Job(fmt, shape, tokens, True), Job(fmt, shape, tokens, False)):
+                    if time.monotonic() - start > args.budget_seconds:
+                        continue
+                    results += time_job(job, plan[job], weights, sets)
+                    done = sorted((r for r in results[-len(plan[job]) :] if "us" in r), key=lambda r: r["us"])
+                    for r in done[:1]:
+                        print(f"{fmt:10} {shape} {tokens:5} {'first' if job.first else 'second':6} {r['us']:9.1f} us "
+                              f"{list(r['config'].values())} diff {max(d['difference'] for d in done):.1e}", flush=True)
+            del weights
+            if args.json:
+                args.json.write_text(json.dumps(results))
+        torch.cuda.empty_cache()
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
