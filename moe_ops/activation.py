@@ -232,9 +232,9 @@ class _Probe:
 def _fit(probe: _Probe) -> Gate | None:
     beta, limit, alphas = _numbers(probe) if probe.gated else (None, None, (None,))
     g, u = _grid(limit, probe.gated)
-    order = torch.randperm(g.numel(), generator=torch.Generator().manual_seed(0))
-    got, again = probe(g, u), probe(g[order], u[order])
-    if not torch.allclose(got[order], again, rtol=1e-5, atol=1e-5):  # random, or one column reads another
+    some = torch.randperm(g.numel(), generator=torch.Generator().manual_seed(0))[: g.numel() // 3]
+    got, again = probe(g, u), probe(g[some], u[some])
+    if not torch.allclose(got[some], again, rtol=1e-5, atol=1e-5):  # random, or one value reads others
         return None
     for name in (a.name for a in _ALL if a.base == a.name):
         for alpha in alphas if name in _TAKES_ALPHA else (None,):

@@ -237,9 +237,12 @@ def _quantize(spec: ExpertsSpec, name: str, weight: Tensor, shards: int, fmt: Fo
 
 def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
     bias = module._parameters.get(key)
-    if bias is not None:
-        changed = change(bias.detach()).contiguous()
-        module._parameters[key] = nn.Parameter(changed, requires_grad=bias.requires_grad)
+    if bias is None:
+        return
+    found = bias.detach()
+    changed = change(found)
+    if changed is not found:  # else the parameter stays itself, for optimizers that hold it
+        module._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=bias.requires_grad)
 
 
 def _one(q: QuantizedTensor, e: int) -> QuantizedTensor:

@@ -94,7 +94,12 @@ def _quantized(target: Target, backend: str | None, device: torch.device | str |
     if target.spec is None:
         assert isinstance(m, nn.Linear)
         return QuantizedLinear.from_float(m, fmt, backend=backend, device=device)
-    return experts.swap(m, target.spec, fmt, backend, device)
+    new = experts.swap(m, target.spec, fmt, backend, device)
+    if device is not None:  # what it keeps in float, a norm say, goes along
+        for child in new.children():
+            child.to(device)
+        new._buffers |= {key: b.to(device) for key, b in new._buffers.items() if b is not None}
+    return new
 
 
 def _store(place: Place, new: nn.Module) -> None:

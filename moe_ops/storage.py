@@ -6,7 +6,7 @@ Each quantized weight `name` is a frozen parameter that holds codes, with its sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,16 @@ from .formats import FORMATS, Format, QuantizedTensor
 
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("scale", "global_scale", "zero_point", "input_scale")
+
+
+class _Codes(NamedTuple):
+    """A parameter of a one-byte float type, as bytes: `pickle` cannot take such types (torch.save can)."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+    def restore(self) -> nn.Parameter:
+        return nn.Parameter(self.data.view(self.dtype), requires_grad=False)
 
 
 class QuantizedModule(nn.Module):
@@ -69,8 +79,14 @@ class QuantizedModule(nn.Module):
             if p is not None:
                 p._is_hf_initialized = True  # type: ignore[attr-defined]
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_parameters": {n: _plain(p) for n, p in self._parameters.items()}}
+        state.pop("_compiled_call_impl", None)
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        parameters = {n: p.restore() if isinstance(p, _Codes) else p for n, p in state["_parameters"].items()}
+        super().__setstate__({**state, "_parameters": parameters})
         self._mark()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -101,6 +117,12 @@ class QuantizedModule(nn.Module):
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _plain(p: nn.Parameter | None) -> nn.Parameter | _Codes | None:
+    if p is None or not p.is_floating_point() or p.element_size() > 1:
+        return p
+    return _Codes(p.detach().view(torch.uint8), p.dtype)
 
 
 def carry_over(old: nn.Module, new: M) -> M:

@@ -115,11 +115,11 @@ def test_whole_model(name):
 def test_other_layouts_are_refused_or_reported(name):
     """Families that do not carry the flags: an error that names the module, or a line in the summary; never silence."""
     model = tiny.build(name)
-    want, before = tiny.run(model), {n: id(m) for n, m in model.named_modules()}
-    if name == "doge":  # its experts are rows of embeddings: a dense model to us
+    if name == "doge":  # its experts are rows of embeddings: a dense model to us (and 5.17 cannot run it)
         moe_ops.quantize_(model, "fp8")
         assert any("router" in r.name and r.format is None for r in moe_ops.summary(model).rows)
         return
+    want, before = tiny.run(model), {n: id(m) for n, m in model.named_modules()}
     with pytest.raises(ValueError, match=r"experts|stacks of matrices"):
         moe_ops.quantize_(model, "fp8")
     assert {n: id(m) for n, m in model.named_modules()} == before

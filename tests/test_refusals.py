@@ -1,0 +1,150 @@
+"""What quantize_ refuses: a ValueError that says why, and a model that is as it was."""
+
+import pytest
+import torch
+from torch import nn
+from toy_moe import (
+    EXPERTS,
+    EXPERTS_AT,
+    HIDDEN,
+    INTERMEDIATE,
+    ToyModel,
+    experts,
+)
+
+from moe_ops import FORMATS, QuantizedLinear, dequantize_, quantize_, summary
+
+
+def snapshot(model):
+    return {n: (id(m), type(m)) for n, m in model.named_modules()}, {n: id(p) for n, p in model.named_parameters()}
+
+
+def formats(model):
+    return {r.name: r.format for r in summary(model).rows}
+
+
+# ---- refusals: a ValueError that says why, and a model that is as it was
+
+
+class Opaque(torch.Tensor):
+    """Stands for another library's tensor subclass."""
+
+
+def refused(model, message, *args, **kwargs):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        quantize_(model, *args, **kwargs)
+    assert snapshot(model) == before and not summary(model).rows
+
+
+def test_refuses_bad_arguments():
+    refused(ToyModel(), r"unknown format 'fp7'; known: bf16, fp8, fp8_tensor, fp8_block", "fp7")
+    refused(ToyModel(), "unknown format 'fp7'", {"experts": "fp8", "linear": "fp7"})
+    refused(ToyModel(), "match no module: 'layers.7', '\\*.nope'", "fp8", ignore=["layers.7", "*.nope", "embed"])
+    refused(ToyModel(), "match no module: 'layer.0'", {"experts": "fp8", "layer.0": None})
+    refused(ToyModel(), "not a regular expression", "fp8", ignore="re:(")
+    refused(ToyModel(), "lm_head.* is always left in float: output head", {"lm_head": "fp8"})
+    refused(ToyModel(), "unknown backend 'cuda'; known: auto", "fp8", backend="cuda")
+    refused(ToyModel(), "meta device", "fp8", device="meta")
+    refused(ToyModel(), "a format is a name", {"linear": 8})
+    with pytest.raises(ValueError, match=r"takes an nn.Module, got dict"):
+        quantize_({}, "fp8")
+
+
+def test_refuses_non_finite_weights_by_name():
+    model = ToyModel()
+    with torch.no_grad():
+        model.layers[1]["mlp"].experts.down_proj[3, 5, 6] = float("inf")
+        model.layers[0]["proj"].weight[0, 0] = float("nan")
+    refused(model, r"layers.0.proj.weight has non-finite values\nlayers.1.mlp.experts.down_proj .* \(experts 3\)")
+    quantize_(model, "fp8", ignore=["layers.0.proj", EXPERTS_AT[1]])
+
+
+def test_refuses_meta_compiled_offloaded_and_replaced():
+    refused(ToyModel().to("meta"), r"layers.0.proj is on the meta device \(weight\)")
+    refused(torch.compile(ToyModel()), "the model is compiled")
+    model = ToyModel()
+    model.layers[0]["mlp"].compile()
+    refused(model, "layers.0.mlp is compiled")
+    model = ToyModel()
+    model.layers[0]["proj"].forward = lambda x: x
+    refused(model, "layers.0.proj has its forward replaced")
+    compiled = torch.compile(quantize_(ToyModel()))
+    with pytest.raises(ValueError, match="is compiled"):
+        dequantize_(compiled)
+
+
+def test_refuses_offloaded_modules():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(ToyModel(), execution_device=torch.device("cpu"))
+    refused(model, "layers.0.proj is offloaded")
+
+
+def test_refuses_what_another_library_quantized():
+    model = ToyModel()
+    w = model.layers[0]["proj"].weight
+    model.layers[0]["proj"].weight = nn.Parameter(w.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    refused(model, r"layers.0.proj holds weight \(Tensor, float8_e4m3fn\): quantized or sharded by another library")
+    model.layers[0]["proj"].weight = nn.Parameter(w.detach().as_subclass(Opaque), requires_grad=False)
+    refused(model, r"holds weight \(Opaque, float32\)")
+
+    class Linear4bit(nn.Linear):
+        pass
+
+    model.layers[0]["proj"] = Linear4bit(64, 64)
+    model.layers[0]["proj"].weight = nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
+    refused(model, r"layers.0.proj \(.*Linear4bit\) holds weight \(Parameter|Tensor, uint8\)")
+    quantize_(model, "fp8", ignore="layers.0.proj")
+    assert formats(model)[EXPERTS_AT[0]] == "fp8"
+
+
+def test_refuses_torchao():
+    ao = pytest.importorskip("torchao.quantization")
+    model = ToyModel()
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    refused(model, r"layers.0.proj holds weight \(.*Int8.*quantized or sharded by another library")
+
+
+def test_strict():
+    class WeirdExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts = EXPERTS
+            self.w1, self.w2 = nn.Parameter(torch.randn(4, 64, 32)), nn.Parameter(torch.randn(4, 32, 64))
+
+    for made, message in [
+        (WeirdExperts(), r"WeirdExperts holds stacks of matrices \(w1 \(4, 64, 32\), w2 \(4, 32, 64\)\)"),
+        (nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), "ModuleList is held as `experts`"),
+    ]:
+        model = ToyModel()
+        model.layers[0]["mlp"].experts = made
+        refused(model, f"layers.0.mlp.experts: {message}.*strict=False leaves")
+        quantize_(model, "fp8", strict=False)
+        got = {r.name: r for r in summary(model).rows}
+        assert got[EXPERTS_AT[0]].format is None and "flags" in got[EXPERTS_AT[0]].note
+        assert got[EXPERTS_AT[1]].format == "fp8" and type(made) is type(model.layers[0]["mlp"].experts)
+        assert not any(isinstance(m, QuantizedLinear) for m in made.modules())
+
+
+def test_shapes_that_contradict_the_flags():
+    broken = experts()
+    broken.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 48))
+    refused(nn.Sequential(broken), r"gate_up_proj \(4, 64, 64\) and down_proj \(4, 64, 48\) do not fit together")
+    more = experts()
+    more.extra_scale = nn.Parameter(torch.ones(EXPERTS))
+    refused(nn.Sequential(more), "parameters that no rule explains: extra_scale")
+    less = experts()
+    del less.down_proj
+    refused(nn.Sequential(less), "down_proj must be a 3-D parameter, got absent")
+
+
+def test_dimensions_that_the_format_cannot_take(monkeypatch):
+    codec = type(FORMATS["fp8"].weight)
+    monkeypatch.setattr(codec, "check", lambda self, n, k: f"{k} is odd" if k == INTERMEDIATE else None)
+    refused(ToyModel(), "layers.0.mlp.experts: down_proj: 32 is odd.*strict=False")
+    model = quantize_(ToyModel(), "fp8", strict=False)
+    notes = {r.name: r.note for r in summary(model).rows}
+    assert notes[EXPERTS_AT[0]] == "down_proj: 32 is odd" and notes["layers.0.mlp.shared_expert.2"] == "32 is odd"
+    assert formats(model)["layers.0.proj"] == "fp8"
+    with pytest.raises(ValueError, match="weight: 32 is odd"):
+        QuantizedLinear.from_float(nn.Linear(32, 64), "fp8")

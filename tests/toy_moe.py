@@ -1,0 +1,156 @@
+"""A small MoE model in plain PyTorch, with experts in every layout that the flags of the experts interface describe.
+
+Its forward passes are loops over experts in the layout at hand: an oracle that shares no code with the package.
+"""
+
+import torch
+from torch import nn
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCAB = 64, 32, 4, 2, 128
+
+
+class ToyExperts(nn.Module):
+    """flags as transformers' `use_experts_implementation` sets them on the instance."""
+
+    def __init__(self, num_experts=EXPERTS, hidden=HIDDEN, intermediate=INTERMEDIATE, gated=True, transposed=False,
+                 interleaved=False, bias=False, post_norm=False, act_fn=None):  # fmt: skip
+        super().__init__()
+        self.num_experts, self.has_gate, self.has_bias = num_experts, gated, bias
+        self.is_transposed, self.is_concatenated, self.has_post_expert_norm = transposed, not interleaved, post_norm
+        self.act_fn = act_fn or nn.SiLU()
+        up, rows = ("gate_up_proj", 2 * intermediate) if gated else ("up_proj", intermediate)
+        for name, n, k in ((up, rows, hidden), ("down_proj", hidden, intermediate)):
+            w = torch.randn(num_experts, n, k) / k**0.5
+            setattr(self, name, nn.Parameter(w.mT.contiguous() if transposed else w))
+            if bias:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(num_experts, n) * 0.1))
+        if post_norm:
+            self.post_expert_norm = nn.LayerNorm(hidden)
+            nn.init.normal_(self.post_expert_norm.bias)  # moves a row of zeros off zero
+
+    def _apply_gate(self, h):
+        gate, up = h.chunk(2, -1) if self.is_concatenated else (h[..., ::2], h[..., 1::2])
+        return self.act_fn(gate) * up
+
+    def one(self, e, x):
+        """Expert e on rows x."""
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        h = self._linear(up, e, x)
+        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        y = self._linear("down_proj", e, h)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    def _linear(self, name, e, x):
+        w = getattr(self, name)[e]
+        y = x @ w if self.is_transposed else x @ w.T
+        return y + getattr(self, f"{name}_bias")[e] if self.has_bias else y
+
+    def forward(self, hidden, topk_ids, topk_weights):
+        out = torch.zeros_like(hidden)
+        for t in range(hidden.shape[0]):
+            for a in range(topk_ids.shape[1]):
+                e = int(topk_ids[t, a])
+                if 0 <= e < self.num_experts:
+                    out[t] = out[t] + topk_weights[t, a] * self.one(e, hidden[t : t + 1])[0]
+        return out
+
+
+class OaiExperts(ToyExperts):
+    """Interleaved clamped SwiGLU, its layout in the code and not in the flags (as gates of real models are)."""
+
+    def _apply_gate(self, h):
+        gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+class OwnGateExperts(ToyExperts):
+    """A gate that the table of activations does not describe."""
+
+    def _apply_gate(self, h):
+        gate, up = h[..., ::2], h[..., 1::2]
+        return torch.tanh(gate) * up
+
+
+class Block(nn.Module):
+    def __init__(self, experts, hidden=HIDDEN, shared=INTERMEDIATE):
+        super().__init__()
+        self.gate = nn.Linear(hidden, experts.num_experts, bias=False)
+        self.experts = experts
+        self.shared_expert = nn.Sequential(nn.Linear(hidden, shared), nn.SiLU(), nn.Linear(shared, hidden))
+        self.shared_expert_gate = nn.Linear(hidden, 1)
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        return self.experts(x, ids, weights) + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+
+class ToyModel(nn.Module):
+    """tokens (T,) -> logits (T, VOCAB)."""
+
+    def __init__(self, make=ToyExperts, layers=2, **kwargs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(nn.ModuleDict({"proj": nn.Linear(HIDDEN, HIDDEN), "mlp": Block(make(**kwargs))}))
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer["mlp"](layer["proj"](x))
+        return self.lm_head(x)
+
+
+def call_args(num_tokens=11, num_experts=EXPERTS, hidden=HIDDEN, top_k=TOP_K, dtype=torch.float32, seed=0):
+    """hidden (T, H), topk_ids (T, A), topk_weights (T, A)."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_tokens, num_experts, generator=g).argsort(-1)[:, :top_k]
+    return torch.randn(num_tokens, hidden, generator=g).to(dtype), ids, torch.rand(num_tokens, top_k, generator=g)
+
+
+def tokens(n=9):
+    return torch.arange(n) * 7 % VOCAB
+
+
+LAYOUTS = {
+    "plain": (ToyExperts, {}),
+    "transposed": (ToyExperts, {"transposed": True}),
+    "interleaved": (ToyExperts, {"interleaved": True}),
+    "biases": (ToyExperts, {"bias": True}),
+    "gelu": (ToyExperts, {"act_fn": nn.GELU()}),
+    "everything": (ToyExperts, {"transposed": True, "interleaved": True, "bias": True}),
+    "clamped, interleaved by its gate": (OaiExperts, {"transposed": True, "bias": True, "interleaved": True}),
+    "no gate": (ToyExperts, {"gated": False, "act_fn": nn.SiLU()}),
+    "no gate, biases, transposed": (ToyExperts, {"gated": False, "bias": True, "transposed": True}),
+    "no gate, own activation": (ToyExperts, {"gated": False, "act_fn": nn.Tanh(), "bias": True}),
+    "post norm": (ToyExperts, {"post_norm": True, "bias": True}),
+    "post norm, no gate": (ToyExperts, {"post_norm": True, "gated": False}),
+    "own gate": (OwnGateExperts, {"interleaved": True}),
+    "own gate, everything": (
+        OwnGateExperts,
+        {"transposed": True, "interleaved": True, "bias": True, "post_norm": True},
+    ),
+}
+EXPERTS_AT = ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+
+
+def experts(kind="plain", **kwargs):
+    torch.manual_seed(0)
+    make, given = LAYOUTS[kind]
+    return make(**{**given, **kwargs}).requires_grad_(True)
+
+
+def relative_error(got, want):
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm())
+
+
+def same(a, b):
+    left, right = a.state_dict(), b.state_dict()
+    return set(left) == set(right) and all(torch.equal(bits(left[k]), bits(right[k])) for k in left)
+
+
+def bits(t):
+    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
