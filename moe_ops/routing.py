@@ -5,6 +5,8 @@ T tokens, A experts per token, R = T * A slots (slot = t * A + a), E experts, H 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def unpermute(rows: Tensor, order: Tensor) -> Tensor:
 
 def combine(rows: Tensor, top_k: int) -> Tensor:
     """rows (T * A, H) in slot order -> (T, H): summed over a token's slots 0..A-1 in fp32, one cast."""
-    return rows.unflatten(0, (-1, top_k)).sum(1, dtype=torch.float32).to(rows.dtype)
+    slots = rows.unflatten(0, (-1, top_k)).float().unbind(1)  # torch.sum adds in an order of its own
+    return functools.reduce(torch.add, slots).to(rows.dtype)
 
 
 def sum_by_expert(rows: Tensor, offsets: Tensor) -> Tensor:
