@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Best measured first, `reference` last. A backend is imported when a problem could be its own, not before.
 BACKENDS = {"triton": ".triton", "reference": ".reference"}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what activations may be
 
 
 @dataclass(frozen=True)

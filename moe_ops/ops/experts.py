@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activation import Gate
 from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
-from .grouped_mm import _problem, check_weight, make_gate
+from .grouped_mm import _problem, check_floats, check_weight, make_gate
 from .library import define, gradient
 
 _TENSORS = (
@@ -44,8 +44,9 @@ def _weights(fmt: Format, tensors: tuple, gated: bool, interleaved: bool) -> tup
 
 
 def _check_tokens(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, hidden: int) -> None:
-    if x.ndim != 2 or x.shape[1] != hidden or not x.is_floating_point():
-        raise ValueError(f"x must be floating (T, {hidden}), got {x.dtype} {tuple(x.shape)}")
+    if x.ndim != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x must be (T, {hidden}), got {tuple(x.shape)}")
+    check_floats(x)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
         raise ValueError(f"topk_ids and topk_weights must both be ({x.shape[0]}, A), got {tuple(topk_ids.shape)} "
                          f"and {tuple(topk_weights.shape)}")  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Gate, resolve_activation
-from ..backends.base import Problem, Rows, Weight, arch_of, select
+from ..backends.base import FLOATS, Problem, Rows, Weight, arch_of, select
 from ..formats import FORMATS, Format
 from .library import define, gradient
 
@@ -24,6 +24,19 @@ def make_gate(activation: str, gated: bool, alpha: float | None, beta: float | N
         return None
     name, alpha, beta, limit = resolve_activation(activation, alpha, beta, limit)
     return Gate(activation=name, gated=gated, alpha=alpha, beta=beta, limit=limit)
+
+
+def check_floats(x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
+
+
+def _check_codes(x: Tensor, fmt: Format, transpose: bool) -> None:
+    """x that comes with a scale."""
+    if fmt.activation is None or transpose:
+        raise ValueError(f"x_scale needs a format with quantized activations, and no transpose; format {fmt.name!r}")
+    if x.dtype != fmt.activation.element.storage:
+        raise ValueError(f"x with a scale must hold {fmt.activation.element.storage}, got {x.dtype}")
 
 
 def check_weight(fmt: Format, w: Weight, name: str = "weight") -> None:
@@ -95,6 +108,7 @@ def grouped_mm(
     gate = make_gate(activation, gated, alpha, beta, limit)
     if transpose and (bias is not None or gate is not None):
         raise ValueError("a transposed product takes neither bias nor activation")
+    check_floats(x) if x_scale is None else _check_codes(x, fmt, transpose)
     rows = _rows(x, offsets, w, rows_in, rows_out, row_weights, top_k, transpose)
     dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)
     impl = select(_problem("grouped_mm", x, w, fmt, gate, batch_invariant), backend)

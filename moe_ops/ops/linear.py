@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.base import Rows, Weight, select
 from ..formats import FORMATS
-from .grouped_mm import _problem, check_weight
+from .grouped_mm import _problem, check_floats, check_weight
 from .library import define, gradient
 
 _ROWS = Rows(None)
@@ -36,6 +36,9 @@ def linear(
     fmt = FORMATS[format]
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x (..., K) and weight (N, K) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    check_floats(x)
+    if input_scale is not None and fmt.activation is None:
+        raise ValueError(f"input_scale needs a format with quantized activations, got {fmt.name!r}")
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, bias, input_scale)
     check_weight(fmt, w)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)

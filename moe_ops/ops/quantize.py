@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..backends.base import Problem, arch_of, select
+from ..backends.base import FLOATS, Problem, arch_of, select
 from ..formats import FORMATS, Codec
 from .library import define
 
@@ -14,7 +16,7 @@ def _codec(name: str, x: Tensor) -> Codec:
     codec = FORMATS.codec(name)
     if codec.block is None:
         raise ValueError(f"codec {name!r} stores tensors as they are: there is nothing to quantize")
-    if not x.is_floating_point() or x.element_size() < 2:
+    if x.dtype not in FLOATS:
         raise ValueError(f"quantize takes float16, bfloat16 or float32, got {x.dtype}")
     return codec
 
@@ -25,10 +27,14 @@ def quantize(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto")
     A scale that is given, one (...,) for all or one per row (..., 1), is used as it is: static quantization. Row scales
     come out as (..., 1), group scales as (..., ceil(K / group)), a scale for the whole tensor as ().
     """
-    found = _codec(codec, x)
-    problem = Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec)
-    q, s = select(problem, backend).fn(x.reshape(-1, x.shape[-1]), found, scale)
-    return q.view(x.shape), s.clone() if s is scale else s.view(*x.shape[:-1], -1) if s.ndim else s
+    found, rows = _codec(codec, x), x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if scale is not None and scale.numel() != 1 and scale.shape != (*x.shape[:-1], 1):
+        raise ValueError(f"scale must be one value or {(*x.shape[:-1], 1)}, one per row; got {tuple(scale.shape)}")
+    impl = select(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend)
+    if scale is not None:
+        return impl.fn(rows, found, scale.reshape(-1, 1))[0].view(x.shape), scale.clone()
+    q, s = impl.fn(rows, found)
+    return q.view(x.shape), s.view(*x.shape[:-1], s.shape[-1]) if s.ndim else s
 
 
 def _quantize_fake(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto") -> tuple[Tensor, Tensor]:
