@@ -26,6 +26,9 @@ from . import compose
 from .base import Problem, Rows, Weight, arch_of, interpreted
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# Products of fp8 that Hopper's tensor core sums in its short accumulator before they join fp32: all of K where K is small,
+# 128 where that error would pass the rounding of the result (see the table in README.md).
+_PROMOTE_ABOVE_K, _PROMOTE = 4096, 128
 _INVARIANT_ROWS = 64  # batch-invariant: the configuration for this many rows per expert serves any number
 
 
@@ -61,12 +64,14 @@ class Plan:
     decode_w: triton.JITFunction
     bits: bool  # codes are passed as bytes
     scaled: bool
+    promote: int | None
     group_n: int
     group_k: int
 
 
 @cache
-def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, scaled: bool, native: bool, interpreting: bool) -> Plan:
+def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, scaled: bool, k: int, arch: int) -> Plan:
+    native = has_fp8(arch)
     decode = DECODE if native else DECODE_BITS
     block = fmt.weight.block or (1, 0)
     decode_w = decode[fmt.weight.element.name]
@@ -74,17 +79,19 @@ def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, scaled: bool, na
     if quantized_x and native:
         mma, dot = "fp8", tl.float8e4nv
     else:  # codes are exact in bf16; the interpreter multiplies in fp32
-        dot = tl.float32 if interpreting else tl.bfloat16 if quantized_x else _TL[x_dtype]
+        dot = tl.float32 if interpreted() else tl.bfloat16 if quantized_x else _TL[x_dtype]
         mma = "fp32" if dot is tl.float32 else "bf16"
     group_k = block[1] or (fmt.activation.block[1] if fmt.activation and fmt.activation.block else 0)
-    return Plan(mma, dot, decode_x, decode_w, not native, scaled, block[0], group_k)
+    promote = _PROMOTE if mma == "fp8" and arch == 90 and k > _PROMOTE_ABOVE_K and not scaled else None
+    return Plan(mma, dot, decode_x, decode_w, not native, scaled, promote, block[0], group_k)
 
 
-def _config(plan: Plan, arch: int, rows: int, experts: int, gated: bool, invariant: bool) -> Config:
+def _config(plan: Plan, arch: int, rows: int, experts: int, gated: bool, bias: bool, invariant: bool) -> Config:
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
     per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
     decoded = plan.mma != "fp8" and plan.decode_w is not DECODE_BITS["bf16"]
-    return choose(Kind(plan.mma, decoded, plan.scaled, gated), arch, per_expert)
+    promoted = plan.scaled or plan.promote is not None
+    return choose(Kind(plan.mma, decoded, promoted, gated, bias), arch, per_expert)
 
 
 def grouped_mm(
@@ -101,8 +108,8 @@ def grouped_mm(
     if not out.numel():
         return out
     scaled = not transpose and (_varies(weight.scale, 3) or _varies(x_scale, 2))
-    plan = _plan(fmt, x.dtype, x_scale is not None, scaled, has_fp8(arch), interpreted())
-    config = _config(plan, arch, num_rows, e, gated, batch_invariant)
+    plan = _plan(fmt, x.dtype, x_scale is not None, scaled, k, arch)
+    config = _config(plan, arch, num_rows, e, gated, weight.bias is not None, batch_invariant)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)
     tiles = {"E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row, "BLOCK_M": config.block_m,
              "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,
@@ -124,8 +131,7 @@ def _forward(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: 
     shard_rows, gated = n_weight // w.shards, gate is not None and gate.gated
     inside_shard = w.shards == 1 or gated or shard_rows % config.block_n == 0
     uniform = plan.scaled and inside_shard and plan.group_n % config.block_n == 0  # 0, a whole shard, included
-    numbers = (1.0, 0.0, float("inf")) if gate is None else (
-        1.0 if gate.alpha is None else gate.alpha, gate.beta or 0.0, float("inf") if gate.limit is None else gate.limit)
+    numbers = (None, None, None) if gate is None else (gate.alpha, gate.beta, gate.limit)
     up_row, up_scale_row = _up_rows(w, shard_rows, plan.group_n) if gated else (0, 0)
     _grouped_mm_kernel[launch_grid(num_m, n, config.block_n)](
         x.view(torch.uint8) if plan.bits and x.element_size() == 1 else x, x_scale, codes, s, w.bias, rows.offsets,
@@ -136,7 +142,7 @@ def _forward(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: 
         out.stride(0), MMA=plan.dot, DECODE_X=plan.decode_x, DECODE_W=plan.decode_w,
         ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=plan.scaled,
         GROUP_N=plan.group_n, GROUP_K=plan.group_k or 1, UNIFORM=uniform, EVEN_K=k % config.block_k == 0,
-        PROMOTE=config.promote, **tiles,
+        PROMOTE=plan.promote, **tiles,
     )  # fmt: skip
 
 

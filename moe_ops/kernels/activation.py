@@ -1,4 +1,7 @@
-"""out = (clamp(u, -limit, limit) + beta) * act(min(g, limit)) in fp32; act as in moe_ops/activation.py."""
+"""out = (clamp(u, -limit, limit) + beta) * act(min(g, limit)) in fp32; act as in moe_ops/activation.py.
+
+Numbers that an activation does not have are None: they cost no instruction and no register.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def silu(g, alpha):
-    return g * tl.sigmoid(alpha * g)
+    return g * tl.sigmoid(g if alpha is None else alpha * g)
 
 
 @triton.jit
@@ -27,12 +30,12 @@ def relu2(g, alpha):
 
 @triton.jit
 def gate(g, u, alpha, beta, limit, ACT: tl.constexpr, GATED: tl.constexpr):
-    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
-    out = ACT(g, alpha)
-    if GATED:
+    if limit is not None:
+        g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
         u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        out = (u + beta) * out
-    return out
+    if beta is not None:
+        u = u + beta
+    return u * ACT(g, alpha) if GATED else ACT(g, alpha)
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}

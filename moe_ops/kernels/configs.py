@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -17,68 +18,105 @@ class Config:
     block_k: int
     warps: int
     stages: int
-    swap: bool = False
-    group_m: int = 1
-    promote: int | None = None  # fp8: products summed by the tensor core before the sum joins fp32
+    swap: bool = False  # weights first: they fill the 64 rows of a warp group's product
+    group_m: int = 1  # row tiles that go through the columns together
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a configuration depends on: the MMA ("fp8", "bf16" for both halves, "fp32"), whether weights are decoded to
-    it in registers, whether scales change along K, whether gate and up are computed together."""
+    """What a configuration depends on: the MMA ("fp8", "bf16" for both halves, "fp32"); whether weights are decoded to it
+    in registers; whether sums leave the tensor core every K block, for scales or for precision; whether gate and up are
+    computed together; whether there is a bias (two more vectors of registers in the epilogue)."""
 
     mma: str
     decoded: bool = False
-    scaled: bool = False
+    promoted: bool = False
     gated: bool = False
+    bias: bool = False
 
 
 MANY = 1 << 30
 Table = dict[int, Config]
 
 # About 100 KiB of shared memory and mma.sync: sm_80 to sm_89, sm_120.
+_FEW = Config(16, 64, 64, 4, 3)
 SMALL: dict[Kind, Table] = {
-    Kind("bf16"): {16: Config(16, 64, 64, 4, 3), 64: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16"): {16: _FEW, 64: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", gated=True): {16: _FEW, MANY: Config(64, 32, 64, 4, 3, group_m=8)},
     Kind("fp8"): {16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
     Kind("fp32"): {16: Config(16, 32, 32, 4, 2), MANY: Config(64, 32, 32, 4, 2, group_m=8)},
-}
-# 227 KiB and warp-group or tensor-memory products: sm_90, sm_100.
-LARGE: dict[Kind, Table] = {
+}  # fmt: skip
+# 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
+HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
+        2: Config(16, 128, 128, 8, 3, swap=True), 16: Config(16, 128, 64, 4, 3, swap=True),
+        32: Config(32, 128, 64, 4, 3, swap=True), 64: Config(64, 256, 64, 4, 4),
+        200: Config(128, 256, 64, 8, 4, group_m=8), MANY: Config(128, 256, 64, 8, 3, group_m=16),
+    },
+    Kind("bf16", gated=True): {
+        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
+        64: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8),
+        MANY: Config(128, 128, 64, 8, 3, group_m=16),
+    },
+    Kind("bf16", decoded=True): {
+        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
+        64: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8),
+    },
+    Kind("bf16", decoded=True, gated=True): {
         16: Config(16, 64, 128, 4, 3, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True),
-        64: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8),
+        64: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8"): {
-        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
-        64: Config(64, 64, 128, 4, 4, swap=True), MANY: Config(128, 128, 128, 8, 3, group_m=8),
+        16: Config(16, 128, 128, 8, 3, swap=True), 32: Config(32, 128, 128, 8, 3, swap=True),
+        64: Config(64, 128, 128, 4, 3, swap=True), MANY: Config(128, 256, 128, 8, 4, group_m=16),
     },
-    Kind("fp8", scaled=True): {
-        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
-        64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 128, 8, 3, group_m=8),
+    Kind("fp8", gated=True): {
+        2: Config(16, 64, 256, 4, 4, swap=True), 16: Config(16, 64, 256, 4, 3, swap=True),
+        32: Config(32, 64, 128, 4, 4, swap=True), 64: Config(64, 128, 128, 8, 4),
+        MANY: Config(128, 128, 128, 8, 4, group_m=8),
+    },
+    Kind("fp8", gated=True, bias=True): {
+        2: Config(16, 64, 256, 4, 4, swap=True), 16: Config(16, 64, 256, 4, 3, swap=True),
+        32: Config(32, 64, 128, 4, 4, swap=True), MANY: Config(64, 128, 128, 8, 4, group_m=8),
+    },
+    Kind("fp8", promoted=True): {
+        2: Config(16, 128, 128, 4, 4), 16: Config(16, 128, 128, 4, 3, swap=True), 32: Config(32, 128, 128, 4, 3, swap=True),
+        64: Config(64, 128, 128, 4, 4), 200: Config(64, 128, 128, 4, 4, group_m=8),
+        MANY: Config(128, 128, 128, 8, 4, group_m=16),
+    },
+    Kind("fp8", promoted=True, gated=True): {
+        16: Config(16, 64, 128, 4, 6, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True), 64: Config(64, 128, 128, 8, 4),
+        MANY: Config(128, 128, 128, 8, 3, group_m=16),
+    },
+    Kind("fp8", promoted=True, gated=True, bias=True): {
+        16: Config(16, 64, 128, 4, 6, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True),
+        MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp32"): SMALL[Kind("fp32")],
 }  # fmt: skip
+# sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide. Compiled,
+# not measured.
+_WIDE = Config(128, 64, 64, 8, 3, group_m=8)
+BLACKWELL: dict[Kind, Table] = {
+    Kind("bf16"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 64, 8, 3, group_m=8)},
+    Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _WIDE},
+    Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 128, 8, 3, group_m=8)},
+    Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 128, 8, 3, group_m=8)},
+    Kind("fp32"): SMALL[Kind("fp32")],
+}
+_TABLES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
 
 def tables(arch: int) -> dict[Kind, Table]:
-    return LARGE if arch in (90, 100, 103) else SMALL
+    return _TABLES.get(arch, SMALL)
 
 
 def table(kind: Kind, arch: int) -> Table:
-    """The entry that fits the kind best: what is not listed apart is served by its simpler neighbour."""
+    """The entry of the kind, or of the nearest one: without the bias, then the gate, the promotion, the decoding."""
     listed = tables(arch)
-    for decoded, scaled, gated in _simpler(kind):
-        found = listed.get(Kind(kind.mma, decoded, scaled, gated))
-        if found is not None:
-            return found
-    raise AssertionError(f"no configuration for {kind}")
-
-
-def _simpler(kind: Kind) -> list[tuple[bool, bool, bool]]:
-    """Itself, then without the gate, then without the scales, then without the decoding."""
-    d, s, g = kind.decoded, kind.scaled, kind.gated
-    return [(d, s, g), (d, s, False), (d, False, g), (d, False, False), (False, s, g), (False, s, False),
-            (False, False, g), (False, False, False)]  # fmt: skip
+    flags = [(flag, False) if flag else (False,) for flag in (kind.decoded, kind.promoted, kind.gated, kind.bias)]
+    return next(listed[near] for near in (Kind(kind.mma, *f) for f in product(*flags)) if near in listed)
 
 
 @cache

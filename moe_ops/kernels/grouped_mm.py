@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gate
-from .tile import accumulate, along_m, along_n, channel_rows, find_rows, store_tile, swizzle
+from .tile import accumulate, along_m, along_n, channel_rows, find_rows, store_tile, swizzle, zero_rows
 
 
 @triton.jit
@@ -45,11 +45,10 @@ def _grouped_mm_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = m < end
     m = tl.where(in_m, m, first)  # rows past the end repeat the first: loads stay inside, their results are dropped
-    to = m if write_ptr is None else tl.load(write_ptr + m)
     if expert >= E:
-        zeros = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-        store_tile(out_ptr, zeros, to, n, in_m, N, stride_om, SWAP)
+        zero_rows(out_ptr, write_ptr, first, tl.minimum(first + BLOCK_M, end), n, N, stride_om)
         return
+    to = m if write_ptr is None else tl.load(write_ptr + m)
 
     source = m if read_ptr is None else tl.load(read_ptr + m) // top_k
     c = tl.minimum(n, N - 1)

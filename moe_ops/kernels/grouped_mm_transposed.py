@@ -7,7 +7,7 @@ is dequantized as it is read, (code * scale) rounded to the type of x: scales li
 import triton
 import triton.language as tl
 
-from .tile import channel_rows, find_rows, mma, store_tile, swizzle
+from .tile import channel_rows, find_rows, mma, store_tile, swizzle, zero_rows
 
 
 @triton.jit
@@ -27,9 +27,8 @@ def _grouped_mm_transposed_kernel(
     k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = m < end
     m = tl.where(in_m, m, first)
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     if expert >= E:
-        store_tile(out_ptr, acc, m, k, in_m, K, stride_om, SWAP)
+        zero_rows(out_ptr, None, first, tl.minimum(first + BLOCK_M, end), k, K, stride_om)
         return
 
     column = tl.minimum(k, K - 1)
@@ -37,6 +36,7 @@ def _grouped_mm_transposed_kernel(
     ws_ptr = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse
     cc = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + cc[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for c0 in range(0, C, BLOCK_K):
         c = c0 + cc
         inside = (c < C)[None, :]

@@ -77,6 +77,15 @@ def store_tile(out_ptr, values, to, n, in_m, N, stride_om, SWAP: tl.constexpr):
 
 
 @triton.jit
+def zero_rows(out_ptr, write_ptr, first, end, n, N, stride_om):
+    """Rows that no expert owns. One at a time: a whole tile of zeros would share registers with the tile of results."""
+    for row in range(first, end):
+        to = row if write_ptr is None else tl.load(write_ptr + row)
+        zeros = tl.zeros((n.shape[0],), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + to.to(tl.int64) * stride_om + n, zeros, mask=n < N)
+
+
+@triton.jit
 def mma(x, w, acc, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
     """acc + x w^T, x (BM, BK), w (BN, BK). SWAP puts the weights first: they fill the 64 rows of a warp group's product.
 

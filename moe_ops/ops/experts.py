@@ -11,7 +11,7 @@ from ..activation import Gate
 from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
 from .grouped_mm import _problem, check_floats, check_weight, make_gate
-from .library import define, gradient
+from .library import define, gradient, needs_grad
 
 _TENSORS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
@@ -122,7 +122,7 @@ def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    tensors, need = ctx.saved_tensors, ctx.needs_input_grad
+    tensors, need = ctx.saved_tensors, needs_grad(ctx, 15)
     wanted = [need[0], need[2], need[11], need[12]]
     grads = torch.ops.moe_ops.experts_backward(grad, *tensors, wanted, **ctx.options)
     out: list[Tensor | None] = [None] * len(tensors)

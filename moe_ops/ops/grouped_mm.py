@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activation import Gate, resolve_activation
 from ..backends.base import FLOATS, Problem, Rows, Weight, arch_of, select
 from ..formats import FORMATS, Format
-from .library import define, gradient
+from .library import define, gradient, needs_grad
 
 _WEIGHT = "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, Tensor? bias=None"
 
@@ -160,7 +160,7 @@ def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight, offsets, *optional = ctx.saved_tensors
-    o, need = ctx.options, ctx.needs_input_grad
+    o, need = ctx.options, needs_grad(ctx, 11)
     if o["transpose"]:
         raise NotImplementedError("grouped_mm(transpose=True) is itself a gradient: it has no second one")
     wanted = [need[0], need[6], need[10]]

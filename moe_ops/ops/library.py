@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,3 +20,8 @@ def define(schema: str, impl: Callable, fake: Callable, *, tags: tuple[torch.Tag
 
 def gradient(name: str, setup_context: Callable, backward: Callable) -> None:
     torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
+    """`ctx.needs_input_grad` of `count` inputs: it is shorter when the last ones of a call were left at their defaults."""
+    return (*ctx.needs_input_grad, *[False] * count)[:count]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import Rows, Weight, select
 from ..formats import FORMATS
 from .grouped_mm import _problem, check_floats, check_weight
-from .library import define, gradient
+from .library import define, gradient, needs_grad
 
 _ROWS = Rows(None)
 
@@ -75,7 +75,7 @@ def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    need, grad_x, grad_bias = ctx.needs_input_grad, None, None
+    need, grad_x, grad_bias = needs_grad(ctx, 7), None, None
     if need[0]:
         grad_x = torch.ops.moe_ops.linear_backward(grad, *ctx.saved_tensors, ctx.options["format"], ctx.options["backend"])
     if need[5]:
