@@ -103,7 +103,7 @@ class Codec:
         n, k = x.shape[-2:]
         bn, bk = self.block[0] or max(n, 1), self.block[1] or max(k, 1)
         if not n or not k:
-            return x.new_zeros(*x.shape[:-2], *(() if self.block == (0, 0) else (-(-n // bn), -(-k // bk))))
+            return x.new_zeros((*x.shape[:-2], *(() if self.block == (0, 0) else (-(-n // bn), -(-k // bk)))))
         x = pad(x.abs(), (0, -k % bk, 0, -n % bn))
         amax = x.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bn)).amax((-3, -1))  # (..., N/BN, K/BK)
         return amax[..., 0, 0] if self.block == (0, 0) else amax
