@@ -115,7 +115,7 @@ def experts_backward(
     if need[1] and not router_weight_on_input:
         h = run_gate(gate, pre)
         y = grouped_mm(parts, h, None, down, sorted_rows, None, fmt, out_dtype=torch.float32)  # (R, H)
-        grad_weights = (grad_rows.float() * y).sum(-1)
+        grad_weights = _row_dots(grad_rows, y, offsets)
     if not router_weight_on_input:
         grad_rows = (grad_rows.float() * weights[:, None]).to(x.dtype)
     grad_down_bias = _bias_grad(grad_rows, offsets, down) if need[3] else x.new_empty(0)
@@ -127,7 +127,7 @@ def experts_backward(
         return x.new_empty(0), _to_slots(grad_weights, order, topk_weights), grad_up_bias, grad_down_bias
     grad_x = parts.grouped_mm(grad_pre, None, up, sorted_rows, None, fmt, **back)  # (R, H)
     if router_weight_on_input:
-        grad_weights = (grad_x.float() * x_rows.float()).sum(-1) if need[1] else grad_weights
+        grad_weights = _row_dots(grad_x, x_rows, offsets) if need[1] else grad_weights
         grad_x = (grad_x.float() * weights[:, None]).to(x.dtype)
     grad_x = parts.combine(routing.unpermute(grad_x, order), top_k) if num_rows else torch.zeros_like(x)
     return grad_x, _to_slots(grad_weights, order, topk_weights), grad_up_bias, grad_down_bias
@@ -145,7 +145,7 @@ def grouped_mm_backward(
     if rows.weights is not None:
         if need[2]:
             y = grouped_mm(parts, x, x_scale, w, plain, gate, fmt, out_dtype=torch.float32)
-            grad_weights = (grad_rows.float() * y).sum(-1)
+            grad_weights = _row_dots(grad_rows, y, rows.offsets)
             grad_weights = grad_weights if rows.write is None else routing.unpermute(grad_weights, rows.write)
         weights = rows.weights if rows.write is None else rows.weights[rows.write]
         grad_rows = (grad_rows.float() * weights[:, None]).to(dtype)
@@ -160,6 +160,14 @@ def grouped_mm_backward(
         back = torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_put_(
             ((rows.read // rows.top_k).long(),), back.float(), accumulate=True)  # fmt: skip
     return back.to(dtype), grad_bias, grad_weights
+
+
+def _row_dots(a: Tensor, b: Tensor, offsets: Tensor | None) -> Tensor:
+    """(R, N) sorted, twice -> (R,) fp32; 0 for rows that no expert owns, even where they hold NaN."""
+    dots = (a.float() * b.float()).sum(-1)
+    if offsets is None:
+        return dots
+    return torch.where(torch.arange(dots.shape[0], device=dots.device) < offsets[-1], dots, 0.0)
 
 
 def _bias_grad(rows: Tensor, offsets: Tensor | None, w: Weight) -> Tensor:
