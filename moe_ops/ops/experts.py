@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activation import Gate
 from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
-from .grouped_mm import _problem, check_floats, check_weight, make_gate
+from .grouped_mm import _problem, check_floats, check_invariant, check_weight, make_gate
 from .library import define, gradient, needs_grad
 
 _TENSORS = (
@@ -71,8 +71,8 @@ def experts(
         raise ValueError("experts needs an activation; grouped_mm runs without")
     up, down = _weights(fmt, _pad(tensors), gated, interleaved)
     _check_tokens(x, topk_ids, topk_weights, up.qdata.shape[2])
-    if batch_invariant and fmt.activation is not None and fmt.activation.block == (0, 0) and up.input_scale is None:
-        raise ValueError(f"format {format!r} scales activations over the whole batch: it cannot be batch-invariant")
+    if batch_invariant:
+        check_invariant(fmt, up, down)
     if not topk_ids.numel():
         return torch.zeros_like(x)
     impl = select(_problem("experts", x, up, fmt, gate, batch_invariant), backend)

@@ -65,6 +65,11 @@ def scale_shape(fmt: Format, w: Weight) -> tuple[int, ...]:
     return e, w.shards * (-(-(n // w.shards) // bn) if bn else 1), -(-k // bk) if bk else 1
 
 
+def check_invariant(fmt: Format, *weights: Weight) -> None:
+    if fmt.activation is not None and fmt.activation.block == (0, 0) and any(w.input_scale is None for w in weights):
+        raise ValueError(f"format {fmt.name!r} scales activations over the whole batch: it cannot be batch-invariant")
+
+
 def _rows(x: Tensor, offsets: Tensor, w: Weight, rows_in: Tensor | None, rows_out: Tensor | None,
           row_weights: Tensor | None, top_k: int, transpose: bool) -> Rows:  # fmt: skip
     contraction = w.qdata.shape[1 if transpose else 2]
@@ -108,6 +113,8 @@ def grouped_mm(
     gate = make_gate(activation, gated, alpha, beta, limit)
     if transpose and (bias is not None or gate is not None):
         raise ValueError("a transposed product takes neither bias nor activation")
+    if batch_invariant and x_scale is None and not transpose:
+        check_invariant(fmt, w)
     check_floats(x) if x_scale is None else _check_codes(x, fmt, transpose)
     rows = _rows(x, offsets, w, rows_in, rows_out, row_weights, top_k, transpose)
     dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)

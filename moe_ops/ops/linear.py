@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.base import Rows, Weight, select
 from ..formats import FORMATS
-from .grouped_mm import _problem, check_floats, check_weight
+from .grouped_mm import _problem, check_floats, check_invariant, check_weight
 from .library import define, gradient, needs_grad
 
 _ROWS = Rows(None)
@@ -41,6 +41,8 @@ def linear(
         raise ValueError(f"input_scale needs a format with quantized activations, got {fmt.name!r}")
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, bias, input_scale)
     check_weight(fmt, w)
+    if batch_invariant:
+        check_invariant(fmt, w)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     impl = select(_problem("grouped_mm", rows, w, fmt, None, batch_invariant), backend)
     out = impl.fn(rows, None, w, _ROWS, None, fmt, out_dtype=x.dtype, batch_invariant=batch_invariant)
