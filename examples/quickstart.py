@@ -28,7 +28,7 @@ import moe_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 512
-HELD_OUT = 1 << 16  # bytes at the end of each training text
+HELD_OUT = 1 << 14  # bytes at the end of each training text
 STEPS = 4000
 
 
@@ -102,13 +102,13 @@ def load(path: str) -> tuple[nn.Module, Bytes | Tokenizer]:
     return model.to(DEVICE).eval(), tokenizer
 
 
-def train(text: bytes, seconds: float, batch: int = 4, window: int = 128, rate: float = 4e-3) -> nn.Module:
+def train(text: bytes, seconds: float, batch: int = 2, window: int = 256, rate: float = 6e-3) -> nn.Module:
     """A byte-level Qwen3-MoE, trained for STEPS steps or as far as the time goes."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, norm_topk_prob=True, tie_word_embeddings=True,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+        vocab_size=256, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True, tie_word_embeddings=True,
+        max_position_embeddings=2048, initializer_range=0.04, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=True)
@@ -214,7 +214,7 @@ def main() -> None:
         name = moe_ops.FORMATS[args.format].name
     except ValueError as error:
         fail(error)
-    text = read_text(args.text, args.bytes) if args.text else corpus()[1][-args.bytes :]
+    text = read_text(args.text, args.bytes) if args.text else corpus()[1][: args.bytes]
     model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
 
     ids = tokenizer.encode(text)
