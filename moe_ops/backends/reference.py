@@ -44,7 +44,8 @@ def grouped_mm(
         read = slice(None, None) if rows.read is None else rows.read[mine] // rows.top_k
         xe = _values(x, x_scale, fmt)[mine] if rows.read is None else _take(x, x_scale, fmt, read)
         we, bias = _expert(weight, fmt, e)
-        y = xe @ (we if transpose else we.T)  # (rows of e, width) fp32
+        with torch.autocast(x.device.type, enabled=False):
+            y = xe @ (we if transpose else we.T)  # (rows of e, width) fp32
         if bias is not None and not transpose:
             y = y + bias.float()
         if gate is not None:
