@@ -147,7 +147,8 @@ def grouped_mm_backward(
     gate = make_gate(activation, gated, alpha, beta, limit)
     rows = Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
     impl = select(_problem("grouped_mm_backward", grad, w, fmt, gate), backend)
-    return impl.fn(grad.contiguous(), x, x_scale, w, rows, gate, fmt, need=tuple(need))
+    grads = impl.fn(grad.contiguous(), x, x_scale, w, rows, gate, fmt, need=tuple(need))
+    return tuple(g if n else grad.new_empty(0) for g, n in zip(grads, need, strict=True))  # type: ignore[return-value]
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
