@@ -1,0 +1,139 @@
+"""torch.library.opcheck on every op: schema, fake, autograd registration, AOT dispatch with dynamic shapes."""
+
+import pytest
+import torch
+from oracle import Layer, inputs
+
+import moe_ops.ops  # noqa: F401
+from moe_ops.formats import FORMATS
+
+pytest.importorskip("expecttest", reason="torch.library.opcheck needs it")
+OPS = torch.ops.moe_ops
+ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+CODECS = list(dict.fromkeys(f.activation.name for f in FORMATS.values() if f.activation is not None))
+
+
+def opcheck(op, args, kwargs=None):
+    """test_schema compares arguments before and after by functions that fp8 has not got on the CPU."""
+    tensors = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
+    fp8 = any(t.dtype == torch.float8_e4m3fn for t in tensors)
+    torch.library.opcheck(op, args, kwargs or {}, test_utils=ALL[1:] if fp8 else ALL)
+
+
+def experts_case(name, device, grad, dtype=torch.float32, **options):
+    layer = Layer(name, 3, 16, 24, dtype=dtype, **options)
+    x, ids, weights = (t.to(device) for t in inputs(5, 16, 2, 3, dtype))
+    args = layer.tensors(device)
+    if grad:
+        x.requires_grad_(), weights.requires_grad_(), args[8].requires_grad_(), args[9].requires_grad_()
+    return (x, ids, weights, *args), layer.options()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts(name, grad, device):
+    opcheck(OPS.experts.default, *experts_case(name, device, grad))
+
+
+@pytest.mark.parametrize("options", [
+    {"gated": False, "activation": "relu2"}, {"interleaved": True, "activation": "swiglu_oai"},
+    {"router_weight_on_input": True}, {"static": True}, {"dtype": torch.bfloat16},
+], ids=str)  # fmt: skip
+def test_experts_options(options, device):
+    on_input = {k: options[k] for k in ("router_weight_on_input",) if k in options}
+    args, kwargs = experts_case("fp8", device, True, **{k: v for k, v in options.items() if k not in on_input})
+    opcheck(OPS.experts.default, args, kwargs | on_input)
+
+
+@pytest.mark.parametrize("need", [[True] * 4, [True, False, False, False], [False, True, False, True]], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_backward(name, need, device):
+    (x, *args), options = experts_case(name, device, False)
+    opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, need), options)
+
+
+def product_case(name, device, grad, shards=1):
+    layer = Layer(name, 3, 16, 24, gated=shards == 2)
+    _, ids, weights = inputs(5, 16, 2, 3)
+    order, offsets = OPS.sort_by_expert(ids.to(device), 3)
+    args = layer.tensors(device)
+    x, bias, row_weights = torch.randn(5, 16, device=device), args[8], weights.flatten().to(device)
+    if grad:
+        x.requires_grad_(), bias.requires_grad_(), row_weights.requires_grad_()
+    return [x, args[0], offsets, args[2], None, None, bias, None, order, order, row_weights]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"activation": "silu", "shards": 2}, {"activation": "relu2", "gated": False}, {"out_dtype": torch.bfloat16},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", FORMATS)
+def test_grouped_mm(name, options, device):
+    args = product_case(name, device, "out_dtype" not in options, options.get("shards", 1))
+    opcheck(OPS.grouped_mm.default, tuple(args), {"format": name, "top_k": 2, **options})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_grouped_mm_transposed(name, device):
+    args = product_case(name, device, False)
+    options = {"format": name, "transpose": True}
+    opcheck(OPS.grouped_mm.default, (torch.randn(10, 24, device=device), *args[1:4]), options)
+
+
+@pytest.mark.parametrize("need", [[True] * 3, [False, True, False]], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_grouped_mm_backward(name, need, device):
+    args = product_case(name, device, False)
+    scalars = (name, 1, 2, "silu", False, False, None, None, None, need)
+    opcheck(OPS.grouped_mm_backward.default, (torch.randn(10, 24, device=device), *args, *scalars))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear(name, grad, device):
+    q = FORMATS[name].weight.quantize(torch.randn(24, 16))
+    x, bias = torch.randn(2, 3, 16, device=device), torch.randn(24, device=device)
+    if grad:
+        x.requires_grad_(), bias.requires_grad_()
+    scale = None if q.scale is None else q.scale.to(device)
+    opcheck(OPS.linear.default, (x, q.qdata.to(device), scale, None, None, bias), {"format": name})
+    if not grad:
+        rows = torch.randn(2, 3, 24, device=device)
+        opcheck(OPS.linear_backward.default, (rows, q.qdata.to(device), scale, None, None, name))
+
+
+@pytest.mark.parametrize("scale", [None, (), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("codec", CODECS)
+def test_quantize(codec, scale, device):
+    x = torch.randn(2, 3, 160, device=device)
+    scale = None if scale is None else torch.ones(scale, device=device)
+    torch.library.opcheck(OPS.quantize.default, (x, scale, codec), test_utils=ALL[1:])
+
+
+def test_routing(device):
+    ids = inputs(5, 1, 3, 4)[1].to(device)
+    opcheck(OPS.sort_by_expert.default, (ids, 4))
+    order = OPS.sort_by_expert(ids, 4)[0]
+    for grad in (False, True):
+        rows = torch.randn(15, 8, device=device, requires_grad=grad)
+        opcheck(OPS.permute.default, (torch.randn(5, 8, device=device, requires_grad=grad), order, 3))
+        opcheck(OPS.unpermute.default, (rows, order))
+        opcheck(OPS.combine.default, (rows, 3))
+
+
+def test_every_op_is_checked():
+    checked = {"experts", "experts_backward", "grouped_mm", "grouped_mm_backward", "linear", "linear_backward",
+               "quantize", "sort_by_expert", "permute", "unpermute", "combine"}  # fmt: skip
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_ops::")}
+    assert {name.removeprefix("moe_ops::") for name in defined} == checked
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_fake_and_real_agree_for_no_tokens(top_k):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = Layer("fp8", 3, 16, 24)
+    x, ids, weights = inputs(0, 16, top_k, 3)
+    real = OPS.experts(x, ids, weights, *layer.tensors(), **layer.options())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = OPS.experts(*(mode.from_tensor(t) for t in (x, ids, weights)), *layer.tensors(), **layer.options())
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
