@@ -145,11 +145,13 @@ class Formats(Mapping[str, Format]):
         """Add a format. `as_activation` is what its name means to the right of a slash (default: fmt.activation)."""
         if fmt.name in self._listed:
             raise ValueError(f"format {fmt.name!r} is registered already")
+        codecs = [codec for codec in (fmt.weight, fmt.activation, as_activation) if codec is not None]
+        for codec in codecs:
+            if self._codecs.get(codec.name, codec) != codec:
+                raise ValueError(f"another codec is registered as {codec.name!r}")
+        self._codecs.update((codec.name, codec) for codec in codecs)
         self._listed[fmt.name] = fmt
         self._activations[fmt.name] = as_activation or fmt.activation
-        for codec in (fmt.weight, fmt.activation, as_activation):
-            if codec is not None and self._codecs.setdefault(codec.name, codec) != codec:
-                raise ValueError(f"another codec is registered as {codec.name!r}")
 
     def list_pair(self, name: str) -> None:
         """Let iteration give a pair too, so that every test over the formats covers it."""
