@@ -284,7 +284,8 @@ def test_listed_names():
     assert not FORMATS["bf16"].quantized and FORMATS["fp8"].quantized
 
 
-@pytest.mark.parametrize("weight,activation", product(FORMATS, FORMATS))
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize("activation", FORMATS)
 def test_pairs(weight, activation):
     if "/" in weight or "/" in activation:
         assert "fp8/bf16/bf16" not in FORMATS
