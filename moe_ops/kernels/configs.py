@@ -1,7 +1,8 @@
 """Tile configurations as data: per kind of chip and kind of product, by rows per expert. No format names.
 
 block_n counts output channels: a gated product computes gate's and up's, so its tile holds 2 x block_n rows of weight.
-The first entry whose number of rows is at least the expected rows of an expert that has any serves.
+The first entry whose number of rows is at least the expected rows of an expert that has any serves. Tiles are higher
+than that number: half of the experts have more rows than expected, and a second tile reads their weights again.
 """
 
 from __future__ import annotations
@@ -50,47 +51,47 @@ SMALL: dict[Kind, Table] = {
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
-        2: Config(16, 128, 128, 8, 3, swap=True), 16: Config(16, 128, 64, 4, 3, swap=True),
-        32: Config(32, 128, 64, 4, 3, swap=True), 64: Config(64, 256, 64, 4, 4),
+        2: Config(16, 128, 128, 8, 3, swap=True), 12: Config(16, 128, 64, 4, 3, swap=True),
+        24: Config(32, 128, 64, 4, 3, swap=True), 72: Config(64, 256, 64, 4, 4),
         200: Config(128, 256, 64, 8, 4, group_m=8), MANY: Config(128, 256, 64, 8, 3, group_m=16),
     },
     Kind("bf16", gated=True): {
-        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
-        64: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8),
+        12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
+        72: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8),
         MANY: Config(128, 128, 64, 8, 3, group_m=16),
     },
     Kind("bf16", decoded=True): {
-        16: Config(16, 64, 128, 4, 4, swap=True), 32: Config(32, 64, 128, 4, 4, swap=True),
-        64: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8),
+        12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
+        72: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8),
     },
     Kind("bf16", decoded=True, gated=True): {
-        16: Config(16, 64, 128, 4, 3, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True),
-        64: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8),
+        12: Config(16, 64, 128, 4, 3, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
+        72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8"): {
-        16: Config(16, 128, 128, 8, 3, swap=True), 32: Config(32, 128, 128, 8, 3, swap=True),
-        64: Config(64, 128, 128, 4, 3, swap=True), MANY: Config(128, 256, 128, 8, 4, group_m=16),
+        2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True), 24: Config(32, 128, 128, 8, 3, swap=True),
+        72: Config(64, 128, 128, 4, 3, swap=True), MANY: Config(128, 256, 128, 8, 4, group_m=16),
     },
     Kind("fp8", gated=True): {
-        2: Config(16, 64, 256, 4, 4, swap=True), 16: Config(16, 64, 256, 4, 3, swap=True),
-        32: Config(32, 64, 128, 4, 4, swap=True), 64: Config(64, 128, 128, 8, 4),
+        2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
+        24: Config(32, 64, 128, 4, 4, swap=True), 72: Config(64, 128, 128, 8, 4),
         MANY: Config(128, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp8", gated=True, bias=True): {
-        2: Config(16, 64, 256, 4, 4, swap=True), 16: Config(16, 64, 256, 4, 3, swap=True),
-        32: Config(32, 64, 128, 4, 4, swap=True), MANY: Config(64, 128, 128, 8, 4, group_m=8),
+        2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
+        24: Config(32, 64, 128, 4, 4, swap=True), MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp8", promoted=True): {
-        2: Config(16, 128, 128, 4, 4), 16: Config(16, 128, 128, 4, 3, swap=True), 32: Config(32, 128, 128, 4, 3, swap=True),
-        64: Config(64, 128, 128, 4, 4), 200: Config(64, 128, 128, 4, 4, group_m=8),
+        2: Config(16, 128, 128, 4, 4), 12: Config(16, 128, 128, 4, 3, swap=True), 24: Config(32, 128, 128, 4, 3, swap=True),
+        72: Config(64, 128, 128, 4, 4), 200: Config(64, 128, 128, 4, 4, group_m=8),
         MANY: Config(128, 128, 128, 8, 4, group_m=16),
     },
     Kind("fp8", promoted=True, gated=True): {
-        16: Config(16, 64, 128, 4, 6, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True), 64: Config(64, 128, 128, 8, 4),
-        MANY: Config(128, 128, 128, 8, 3, group_m=16),
+        12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True), 72: Config(64, 128, 128, 8, 4),
+        200: Config(128, 128, 128, 8, 3, group_m=8), MANY: Config(128, 128, 128, 8, 3, group_m=16),
     },
     Kind("fp8", promoted=True, gated=True, bias=True): {
-        16: Config(16, 64, 128, 4, 6, swap=True), 32: Config(32, 64, 128, 4, 3, swap=True),
+        12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
         MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp32"): SMALL[Kind("fp32")],
