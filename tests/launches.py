@@ -1,0 +1,183 @@
+"""Every launch of a kernel that our tables of configurations lead to, as data: what test_aot.py compiles.
+
+Nothing runs: kernels are replaced by recorders (aot.py), the device by an architecture. Cases of a product are chosen
+so that every (plan, gate, tile) of an architecture occurs, and bias, format and an uneven K in pairs with the others.
+"""
+
+import itertools
+from dataclasses import astuple, dataclass
+from functools import cache
+
+import aot
+import pairwise
+import pytest
+import torch
+
+import moe_ops.kernels.quantize as quantize_kernels
+import moe_ops.kernels.routing as routing_kernels
+from moe_ops.activation import Gate
+from moe_ops.backends import triton as backend
+from moe_ops.backends.base import Rows, Weight
+from moe_ops.formats import FORMATS
+from moe_ops.kernels.configs import Config, Kind, table, tables
+from moe_ops.ops.grouped_mm import scale_shape
+
+ARCHS = (80, 89, 90, 100, 120)
+EXPERTS, WIDTH, ROWS = 64, 512, 4096
+
+
+@dataclass(frozen=True)
+class Product:
+    arch: int
+    format: str
+    dtype: str
+    transpose: bool
+    gated: bool
+    bias: bool
+    k: int
+    config: tuple = ()
+
+    def __str__(self):
+        flags = [f for f in ("transpose", "gated", "bias") if getattr(self, f)]
+        tile = "x".join(map(str, self.config[:5])) + ("swap" if self.config[5] else "")
+        return "-".join([f"sm{self.arch}", self.format, self.dtype, *flags, f"k{self.k}", tile])
+
+
+@dataclass(frozen=True)
+class Other:
+    """A kernel without a table: what to call, and its arguments."""
+
+    arch: int
+    what: str
+    dtype: str
+    args: tuple = ()
+
+    def __str__(self):
+        return "-".join([f"sm{self.arch}", self.what, self.dtype, *map(str, self.args)])
+
+
+def tensor(shape, dtype):
+    return torch.empty(shape, dtype=dtype)
+
+
+def run_product(p: Product) -> None:
+    """The call that a layer would make."""
+    fmt, dtype = FORMATS[p.format], getattr(torch, p.dtype)
+    weight = Weight(tensor((EXPERTS, WIDTH, p.k), fmt.weight.element.storage or dtype), shards=2)
+    scale = tensor(scale_shape(fmt, weight), torch.float32) if fmt.quantized else None
+    bias = tensor((EXPERTS, WIDTH), dtype) if p.bias else None
+    weight = Weight(weight.qdata, scale, bias=bias, shards=2)
+    offsets, index = tensor((EXPERTS + 1,), torch.int32), tensor((ROWS,), torch.int32)
+    x, x_scale = tensor((ROWS, WIDTH if p.transpose else p.k), dtype), None
+    if p.transpose:
+        rows = Rows(offsets)
+    else:
+        weights = tensor((ROWS,), torch.float32)
+        rows = Rows(offsets, read=index, top_k=2) if p.gated else Rows(offsets, write=index, weights=weights)
+        if fmt.activation is not None:
+            codec = fmt.activation
+            columns = -(-p.k // codec.block[1]) if codec.block[1] else 1
+            x, x_scale = tensor(x.shape, codec.element.storage), tensor((ROWS, columns), torch.float32)
+    gate = Gate(activation="silu", gated=True) if p.gated else None
+    backend.grouped_mm(x, x_scale, weight, rows, gate, fmt, out_dtype=dtype, transpose=p.transpose)
+
+
+def run_other(o: Other) -> None:
+    dtype = getattr(torch, o.dtype)
+    if o.what == "sort":
+        routing_kernels.sort_by_expert(tensor((o.args[0], 1), dtype), o.args[1])
+    elif o.what == "combine":
+        routing_kernels.combine(tensor((8 * o.args[0], o.args[1]), dtype), o.args[0])
+    else:
+        codec, width, static = o.args
+        scale = tensor((64, 1), torch.float32) if static else None
+        backend.quantize(tensor((64, width), dtype), FORMATS.codec(codec), scale)
+
+
+def record(case, pick=None) -> list:
+    """(kernel, arguments, options) of the launches of a case; `pick(kind)` gives the configuration."""
+    owners = {
+        backend: ("_grouped_mm_kernel", "_grouped_mm_transposed_kernel"),
+        quantize_kernels: ("_quantize_kernel",),
+        routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        recorders = []
+        for owner, names in owners.items():
+            for name in names:
+                recorders.append(aot.Recorder(getattr(owner, name)))
+                patch.setattr(owner, name, recorders[-1])
+        patch.setattr(backend, "arch_of", lambda device: case.arch)
+        if isinstance(case, Product):
+            patch.setattr(backend, "choose", lambda kind, *_: (pick or (lambda _: Config(*case.config)))(kind))
+            run_product(case)
+        else:
+            run_other(case)
+    return [launch for recorder in recorders for launch in recorder.launches]
+
+
+@cache
+def products(arch: int) -> list[Product]:
+    """What to compile: see the top of this file."""
+    cases = []
+    options = ((False, True),) * 3
+    for name, (transpose, gated, bias) in itertools.product(FORMATS, itertools.product(*options)):
+        if transpose and (gated or bias):
+            continue
+        long = [8192] if FORMATS[name].activation is not None else []
+        for dtype, k in itertools.product(("bfloat16", "float32"), (256, 240, *long)):
+            cases += variants(Product(arch, name, dtype, transpose, gated, bias, k))
+    return thin(cases)
+
+
+def variants(p: Product) -> list[tuple[Product, set]]:
+    """One case for each configuration that the product can meet, with what it shows."""
+    kinds = []
+
+    def spy(kind: Kind) -> Config:
+        kinds.append(kind)
+        return next(iter(table(kind, p.arch).values()))
+
+    ((kernel, bound, _),) = record(p, spy)
+    plan = (kernel.__name__, str(bound["MMA"]), kinds[0].decoded, bound.get("SCALED"), bound.get("PROMOTE"))
+    if kinds[0].mma == "fp32":  # for completeness: models are not served in it
+        plan = plan[:2]
+    pairs = pairwise.pairs({"plan": plan, "bias": p.bias, "gated": p.gated, "even_k": p.k != 240, "format": p.format})
+    entries = dict.fromkeys(astuple(config) for config in table(kinds[0], p.arch).values())
+    core = plan if kinds[0].mma == "fp32" else (plan, p.gated)
+    return [(Product(*astuple(p)[:-1], tile), pairs | {(core, tile), (tile, p.bias)}) for tile in entries]
+
+
+def thin(cases: list[tuple[Product, set]]) -> list[Product]:
+    """Greedily, the fewest that show everything."""
+    missing, chosen = set().union(*(shows for _, shows in cases)), []
+    while missing:
+        best, shows = max(cases, key=lambda case: len(case[1] & missing))
+        chosen.append(best)
+        missing -= shows
+    return chosen
+
+
+def listed(arch: int) -> set[tuple]:
+    """Every configuration in the tables of an architecture."""
+    return {astuple(config) for entries in tables(arch).values() for config in entries.values()}
+
+
+def others(arch: int) -> list[Other]:
+    cases = [Other(arch, "sort", "int64", args) for args in ((64, 128), (4096, 128), (100_000, 384))]
+    cases += [Other(arch, "sort", "int32", (4096, 8)), Other(arch, "combine", "bfloat16", (8, 2880))]
+    codecs = dict.fromkeys(f.activation.name for f in FORMATS.values() if f.activation is not None)
+    for codec in codecs:
+        cases += [Other(arch, "quantize", "bfloat16", (codec, width, False)) for width in (2880, 16384)]
+        cases.append(Other(arch, "quantize", "bfloat16", (codec, 4096, True)))
+    return cases
+
+
+def compile_case(case) -> list[tuple[str, int, int]]:
+    """(kernel, bytes of stack, bytes of shared memory) of the case's launches."""
+    torch.set_num_threads(1)
+    found = []
+    for kernel, bound, options in record(case):
+        usage = aot.compile_launch(kernel, bound, options, case.arch)
+        found.append((kernel.__name__, usage.stack, usage.shared))
+    return found

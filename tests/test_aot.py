@@ -1,0 +1,56 @@
+"""Every configuration compiles for every architecture, without a GPU: no spills, within the chip's shared memory."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+pytest.importorskip("triton")
+
+import launches
+from aot import SHARED_LIMIT
+
+CASES = [case for arch in launches.ARCHS for case in (*launches.products(arch), *launches.others(arch))]
+AHEAD = 4  # cases that are compiled meanwhile
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """case -> its result, two processes working ahead of the test that asks."""
+    futures = {}
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def result(case):
+            at = CASES.index(case)
+            for near in CASES[at : at + AHEAD]:
+                if near not in futures:
+                    futures[near] = pool.submit(launches.compile_case, near)
+            return futures[case].result()
+
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_without_spills(case, compiled):
+    for kernel, stack, shared in compiled(case):
+        assert stack == 0, f"{kernel} spills: {stack} bytes of stack"
+        assert shared <= SHARED_LIMIT[case.arch], f"{kernel} needs {shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize("arch", launches.ARCHS)
+def test_every_entry_of_the_tables_is_covered(arch):
+    """By one of the architectures that share the tables: not all have fp8, say."""
+    sharing = [other for other in launches.ARCHS if launches.tables(other) is launches.tables(arch)]
+    assert {case.config for other in sharing for case in launches.products(other)} == launches.listed(arch)
+
+
+@pytest.mark.parametrize("arch", launches.ARCHS)
+def test_blocks_do_not_straddle_groups(arch):
+    """A step along K has one scale."""
+    for case in launches.products(arch):
+        for _, bound, _ in launches.record(case):
+            assert not bound.get("SCALED") or bound["GROUP_K"] % bound["BLOCK_K"] == 0, str(case)
