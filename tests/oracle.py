@@ -145,11 +145,12 @@ def per_expert(rows: Tensor, owner: list[int], w: Tensor, bias: Tensor | None) -
     return torch.stack(out)
 
 
-def experts(layer, x, ids, weights, work=torch.float64, *, on_input=False, biases=None):
-    """The layer after the router, (T, H) in `work`, rounded to x's dtype where the contract rounds (formats.md 4.1).
+def experts(layer, x, ids, weights, work=torch.float64, *, on_input=False, biases=None, stored=None):
+    """The layer after the router, (T, H) in `work`; x, weights and biases may require gradients.
 
-    x, weights and biases may require gradients.
+    Rounded to `stored` (by default x's dtype) where the contract rounds: formats.md 4.1.
     """
+    stored = stored or x.dtype
     w1, w2 = layer.weights(work)
     b1, b2 = biases or (layer.up_bias, layer.down_bias)
     codec, (s1, s2) = layer.fmt.activation, layer.input_scales
@@ -160,12 +161,12 @@ def experts(layer, x, ids, weights, work=torch.float64, *, on_input=False, biase
     owner = [e for _, _, e in slots]
     weigh = torch.stack([weights[t, a] for t, a, _ in slots])[:, None].to(work)  # (R, 1)
     r = torch.stack([x[t].to(work) for t, _, _ in slots])
-    r = quantized(rounded(r * weigh, x.dtype) if on_input else r, codec, None if s1 is None else s1[owner][:, None])
-    pre = rounded(per_expert(r, owner, w1, b1), x.dtype)
-    h = rounded(activation(layer.activation, pre, layer.gated, **layer.numbers), x.dtype)
+    r = quantized(rounded(r * weigh, stored) if on_input else r, codec, None if s1 is None else s1[owner][:, None])
+    pre = rounded(per_expert(r, owner, w1, b1), stored)
+    h = rounded(activation(layer.activation, pre, layer.gated, **layer.numbers), stored)
     h = quantized(h, codec, None if s2 is None else s2[owner][:, None])
     y = per_expert(h, owner, w2, b2)
-    for v, (t, _, _) in zip(rounded(y if on_input else y * weigh, x.dtype), slots):
+    for v, (t, _, _) in zip(rounded(y if on_input else y * weigh, stored), slots):
         out[t] = out[t] + v
     return torch.stack(out)
 

@@ -54,8 +54,9 @@ def test_experts(name, kind, device):
     out.backward(upstream(out))
     wanted = []
     for work in (torch.float64, dtype):
-        ins = leaves(x, weights, layer.up_bias, layer.down_bias)
-        y = oracle.experts(layer, ins[0], ids, ins[1], work, on_input=on_input, biases=ins[2:])
+        exact = work == torch.float64
+        ins = leaves(*(t.double() if exact else t for t in (x, weights, layer.up_bias, layer.down_bias)))
+        y = oracle.experts(layer, ins[0], ids, ins[1], work, on_input=on_input, biases=ins[2:], stored=dtype)
         y.backward(upstream(out).cpu().to(work))
         wanted.append([t.grad for t in ins])
     compare([t.grad for t in got], *wanted)
@@ -141,7 +142,7 @@ def test_grouped_mm(name, kind, device):
     out.backward(upstream(out))
     wanted = []
     for work in (torch.float64, dtype):
-        want = leaves(*tensors)
+        want = leaves(*(t.double() if work == torch.float64 else t for t in tensors))
         w = dequantize_weight(q, shards, work)
         y = product(want[0].to(work), w, want[2].to(work), want[1], ids, kind, fmt)
         assert y.shape == out.shape
@@ -168,7 +169,7 @@ def test_linear(name, device):
     out.backward(upstream(out))
     wanted = []
     for work in (torch.float64, dtype):
-        a, b = leaves(*tensors)
+        a, b = leaves(*(t.to(work) for t in tensors))
         w = fmt.weight.dequantize(q).to(work)
         y = oracle.quantized(a.to(work).flatten(0, 1), fmt.activation) @ w.T + b.to(work)
         y.view(out.shape).backward(upstream(out).cpu().to(work))

@@ -24,7 +24,7 @@ CODECS = list(dict.fromkeys(f.activation.name for f in FORMATS.values() if f.act
 
 def bits(t):
     """Codes or floats as integers, every NaN the same: fp8 has two of them, and a tensor equals itself."""
-    f = t.float().cpu()
+    f = t.detach().float().cpu()
     return torch.where(f.isnan(), torch.nan, f).view(torch.int32)
 
 
@@ -268,30 +268,28 @@ def gradients(run, *leaves):
 def test_rows_that_nobody_owns_are_zero_and_nan_stays_put(name):
     layer = Layer(name, 5, 72, 40, dtype=DTYPE)
     x, ids, weights = (t.to(DEVICE) for t in inputs(6, 72, 3, 5, DTYPE, dropped=False))
+    ids[4] = -1
     clean = OPS.experts(x, ids, weights, *layer.tensors(DEVICE), **layer.options(), backend="triton")
-    ids = torch.cat([ids, torch.full_like(ids[:1], -1)])
-    x = torch.cat([x, torch.full_like(x[:1], float("nan"))])
-    weights = torch.cat([weights, torch.ones_like(weights[:1])])
+    x[4] = float("nan")
     got = OPS.experts(x, ids, weights, *layer.tensors(DEVICE), **layer.options(), backend="triton")
-    assert (got[-1] == 0).all() and got.isfinite().all()
-    torch.testing.assert_close(got[:-1], clean)
+    assert (got[4] == 0).all() and got.isfinite().all()
+    assert same(got, clean)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_offsets_beyond_32_bits(name):
-    """Strides of a gigabyte: expert * stride and row * stride pass 2^31 elements (in memory that is only reserved)."""
-    if CUDA:
-        pytest.skip("the address space of a GPU is not reserved lazily")
+    """expert * stride and row * stride pass 2^31 elements (on the CPU in memory that is only reserved)."""
+    if CUDA and torch.cuda.mem_get_info()[0] < 2**35:
+        pytest.skip("needs 32 GiB")
     fmt, experts, n, k = FORMATS[name], 3, 32, 64
-    q = quantize_weight(fmt.weight, torch.randn(experts, n, k) / 8)
-    far = torch.empty(experts * 2**30 + n * k, dtype=q.qdata.dtype).as_strided((experts, n, k), (2**30, k, 1))
-    far.view(torch.uint8).copy_(q.qdata.view(torch.uint8)) if far.element_size() == 1 else far.copy_(q.qdata)
-    x = torch.randn(3, k)
-    wide = torch.empty(2**32).as_strided((3, k), (2**30, 1))
-    wide.copy_(x)
-    offsets = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    q = quantize_weight(fmt.weight, (torch.randn(experts, n, k) / 8).to(DTYPE))
+    x, offsets = torch.randn(experts, k).to(DTYPE), torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    far, wide = (torch.empty(2**31 + n * k, dtype=t.dtype, device=DEVICE) for t in (q.qdata, x))
+    far = far.as_strided((experts, n, k), (2**30, k, 1)).copy_(q.qdata)
+    wide = wide.as_strided((experts, k), (2**30, 1)).copy_(x)
+    scale = None if q.scale is None else q.scale.to(DEVICE)
     with tile("small"):
-        got = OPS.grouped_mm(wide, far, offsets, q.scale, format=name, backend="triton")
+        got = OPS.grouped_mm(wide, far, offsets.to(DEVICE), scale, format=name, backend="triton").cpu()
     torch.testing.assert_close(got, OPS.grouped_mm(x, q.qdata, offsets, q.scale, format=name, backend="reference"))
 
 
@@ -329,12 +327,16 @@ def test_cuda_graph(name, tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_synchronisation(name):
-    (x, ids, weights), run = big_layer(name)
-    x.requires_grad_(), weights.requires_grad_()
-    run(x, ids, weights).sum().backward()
+    layer = Layer(name, 16, 256, 192, dtype=torch.bfloat16)
+    x, ids, weights = (t.cuda() for t in inputs(64, 256, 4, 16, torch.bfloat16))
+    tensors = layer.tensors("cuda")
+    for t in (x, weights, *tensors[8:10]):
+        t.requires_grad_()
+    step = lambda: OPS.experts(x, ids, weights, *tensors, **layer.options()).sum().backward()  # noqa: E731
+    step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(x, ids, weights).sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
