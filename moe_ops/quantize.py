@@ -31,7 +31,7 @@ def quantize_(
     """Quantize the experts and Linears of a model in place; returns it. `summary(model)` says what became of what.
 
     format: a name covers experts and every eligible nn.Linear. A dict of patterns -> names covers what it names:
-        {"experts": "fp8_block", "linear": "fp8", "re:.*layers.0.*": None}; exact names beat globs and "re:...", which
+        {"experts": "fp8", "linear": "bf16", "re:.*layers.0.*": None}; exact names beat globs and "re:...", which
         beat the classes "experts" and "linear". A pattern covers everything under the modules that it matches.
     ignore: exact names, globs, "re:...": these stay in float. Routers, embeddings and output heads always do, and so
         does a Linear that the format cannot take, or whose sides are not multiples of 16.

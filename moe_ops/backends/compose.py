@@ -27,7 +27,7 @@ def experts(
     """x (T, H), topk_ids and topk_weights (T, A) -> (T, H). `up` holds gate and up: (E, 2I, H) or (E, I, H)."""
     num_experts, top_k = up.qdata.shape[0], topk_ids.shape[1]
     order, offsets = parts.sort_by_expert(topk_ids, num_experts)
-    weights: Tensor | None = topk_weights.float().reshape(-1)  # (R,) in slot order
+    weights: Tensor | None = topk_weights.float().reshape(-1).contiguous()  # (R,) in slot order
     read = Rows(offsets, read=order, top_k=top_k)
     if router_weight_on_input:
         x, read, weights = _weigh_input(x, order, weights, top_k), Rows(offsets), None  # (R, H) sorted

@@ -121,6 +121,11 @@ def grouped_mm(
     return out
 
 
+def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
+    """Of a weight's scale, per expert, row and group of K; (E, S) has no groups."""
+    return stride(scale, 0), stride(scale, 1), stride(scale, 2) if scale is not None and scale.ndim == 3 else 0
+
+
 def _varies(scale: Tensor | None, ndim: int) -> bool:
     """Whether a scale changes along the contraction."""
     return scale is not None and scale.ndim == ndim and scale.shape[-1] > 1
@@ -138,8 +143,8 @@ def _forward(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: 
         x.view(torch.uint8) if plan.bits and x.element_size() == 1 else x, x_scale, codes, s, w.bias, rows.offsets,
         rows.read, rows.write, rows.weights, out, out.shape[0], num_m, e, n, k, shard_rows, rows.top_k, *numbers,
         up_row * codes.stride(1), up_scale_row * stride(s, 1), up_row,
-        x.stride(0), 1, stride(x_scale, 0), stride(x_scale, -1), codes.stride(0), codes.stride(1), 1, stride(s, 0),
-        stride(s, 1), stride(s, 2) if s is not None and s.ndim == 3 else 0, n_weight if w.bias is not None else 0,
+        x.stride(0), 1, stride(x_scale, 0), stride(x_scale, -1), *codes.stride(), *_scale_strides(s),
+        n_weight if w.bias is not None else 0,
         out.stride(0), MMA=plan.dot, DECODE_X=plan.decode_x, DECODE_W=plan.decode_w,
         ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=plan.scaled,
         GROUP_N=plan.group_n, GROUP_K=plan.group_k or 1, UNIFORM=uniform, EVEN_K=k % config.block_k == 0,
@@ -158,9 +163,8 @@ def _transposed(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, row
     assert rows.read is None and rows.write is None and rows.weights is None, "gradients stay in sorted order"
     (e, c, k), s = codes.shape, w.scale
     _grouped_mm_transposed_kernel[launch_grid(num_m, k, config.block_n)](
-        x, codes, s, rows.offsets, out, out.shape[0], num_m, e, c, k, c // w.shards, x.stride(0), codes.stride(0),
-        codes.stride(1), 1, stride(s, 0), stride(s, 1), stride(s, 2) if s is not None and s.ndim == 3 else 0,
-        out.stride(0), MMA=plan.dot, DECODE_W=plan.decode_w, GROUP_N=plan.group_n,
+        x, codes, s, rows.offsets, out, out.shape[0], num_m, e, c, k, c // w.shards, x.stride(0),
+        *codes.stride(), *_scale_strides(s), out.stride(0), MMA=plan.dot, DECODE_W=plan.decode_w, GROUP_N=plan.group_n,
         GROUP_K=plan.group_k if _varies(s, 3) else 0, EVEN_C=c % config.block_k == 0, **tiles,
     )  # fmt: skip
 

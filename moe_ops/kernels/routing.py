@@ -82,7 +82,7 @@ _CHUNK = 128
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """topk_ids (T, A) -> order (R,), offsets (E + 1,), int32."""
-    ids, r = topk_ids.reshape(-1), topk_ids.numel()
+    ids, r = topk_ids.reshape(-1).contiguous(), topk_ids.numel()
     order = torch.empty(r, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     if r <= _ONE_KERNEL_ROWS:
@@ -114,7 +114,7 @@ def _combine_kernel(rows_ptr, out_ptr, H, TOP_K: tl.constexpr, BLOCK: tl.constex
 def combine(rows: Tensor, top_k: int) -> Tensor:
     """rows (T * A, H) in slot order -> (T, H)."""
     tokens, width = rows.shape[0] // top_k, rows.shape[1]
-    out = rows.new_empty(tokens, width)
+    rows, out = rows.contiguous(), rows.new_empty(tokens, width)
     block = min(triton.next_power_of_2(width), 1024)
     if tokens:
         _combine_kernel[(tokens, triton.cdiv(width, block))](rows, out, width, TOP_K=top_k, BLOCK=block, num_warps=4)

@@ -28,19 +28,20 @@ def find_rows(
     """
     if offsets_ptr is None:
         return 0, tile * BLOCK_M, num_rows
-    e = tl.arange(0, E_BLOCK)
-    ends = tl.load(offsets_ptr + 1 + e, mask=e < E, other=1 << 30)
-    if ROW_TILES:
-        expert = tl.sum((ends <= tile).to(tl.int32), 0)
     else:
-        expert = tl.sum((ends // BLOCK_M + e + 1 <= tile).to(tl.int32), 0)
-    begin = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=num_rows)
-    if ROW_TILES:
-        first = tl.where((tile - begin) % BLOCK_M == 0, tile, end)
-    else:
-        first = begin + (tile - begin // BLOCK_M - expert) * BLOCK_M
-    return expert, first, end
+        e = tl.arange(0, E_BLOCK)
+        ends = tl.load(offsets_ptr + 1 + e, mask=e < E, other=1 << 30)
+        if ROW_TILES:
+            expert = tl.sum((ends <= tile).to(tl.int32), 0)
+        else:
+            expert = tl.sum((ends // BLOCK_M + e + 1 <= tile).to(tl.int32), 0)
+        begin = tl.load(offsets_ptr + expert)
+        end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=num_rows)
+        if ROW_TILES:
+            first = tl.where((tile - begin) % BLOCK_M == 0, tile, end)
+        else:
+            first = begin + (tile - begin // BLOCK_M - expert) * BLOCK_M
+        return expert, first, end
 
 
 @triton.jit
@@ -115,6 +116,8 @@ def scaled_mma(x, w, acc, xs, ws_ptr, SCALED: tl.constexpr, UNIFORM: tl.constexp
             return acc + part * (along_m(xs * ws, SWAP) if len(xs.shape) > 0 else xs * ws)
         else:
             return acc + part * (along_m(xs, SWAP) if len(xs.shape) > 0 else xs) * along_n(ws, SWAP)
+    elif x.dtype == tl.float32:  # sums of sums: one chain of fp32 additions over all of K loses bits
+        return acc + mma(x, w, None, SWAP, PROMOTE)
     else:
         return mma(x, w, acc, SWAP, PROMOTE)
 

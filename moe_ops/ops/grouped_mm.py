@@ -81,7 +81,9 @@ def _rows(x: Tensor, offsets: Tensor, w: Weight, rows_in: Tensor | None, rows_ou
     for name, index in (("rows_out", rows_out), ("row_weights", row_weights)):
         if index is not None and index.shape != (num_rows,):
             raise ValueError(f"{name} must be ({num_rows},), got {tuple(index.shape)}")
-    return Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
+    read, write = (None if index is None else index.contiguous() for index in (rows_in, rows_out))
+    weights = None if row_weights is None else row_weights.float().contiguous()
+    return Rows(offsets.contiguous(), read, write, weights, top_k)
 
 
 def _problem(op: str, x: Tensor, w: Weight, fmt: Format, gate: Gate | None, batch_invariant: bool = False) -> Problem:
