@@ -114,7 +114,8 @@ def _compile(job: Job, configs: list[Config]) -> int:
     if not job.first:
         n, k = shape.hidden, shape.intermediate
     one = fmt.weight.quantize(torch.zeros(1, n // (2 if job.first else 1), k, **meta)) if fmt.quantized else None
-    scale = None if one is None else torch.empty(e, one.scale.shape[1] * (2 if job.first else 1), one.scale.shape[2], **meta)
+    shards = 2 if job.first else 1
+    scale = None if one is None else torch.empty(e, one.scale.shape[1] * shards, one.scale.shape[2], **meta)
     weight = torch.empty(e, n, k, dtype=one.qdata.dtype if one else torch.bfloat16, **meta)
     x, x_scale = torch.empty(job.tokens if job.first else r, k, dtype=torch.bfloat16, **meta), None
     if fmt.activation is not None:
@@ -125,7 +126,8 @@ def _compile(job: Job, configs: list[Config]) -> int:
     rows = Rows(rows.offsets, read=index, top_k=shape.top_k) if job.first else Rows(
         rows.offsets, write=index, weights=index.float())  # fmt: skip
     failed = 0
-    with patched(backend, _grouped_mm_kernel=Warm(kernel), arch_of=lambda d: torch.cuda.get_device_capability()[0] * 10):
+    arch = torch.cuda.get_device_capability()[0] * 10
+    with patched(backend, _grouped_mm_kernel=Warm(kernel), arch_of=lambda _: arch):
         for config in configs:
             with patched(backend, choose=lambda *_, config=config: config):
                 try:
@@ -173,7 +175,7 @@ def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "fp8_block", "fp8/bf16"])
-    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], choices=[s for s in peers.SHAPES])
+    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], choices=list(peers.SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 2048, 8192])
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))

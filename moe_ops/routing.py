@@ -18,7 +18,7 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """
     ids = topk_ids.reshape(-1).long()
     ids = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)  # (R,)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    counts = ids.new_zeros(num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))
     offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     offsets[1:] = counts[:num_experts].cumsum(0)
     return torch.argsort(ids, stable=True).int(), offsets.int()

@@ -1,7 +1,7 @@
 """Compile Triton launches ahead of time for any architecture, without a GPU, and read what they use.
 
-`record(kernel)` stands in for a kernel and keeps the arguments of its launches; `compile_launch` turns such a launch into
-a cubin exactly as the JIT would: None, 1 and constexpr arguments are constants, multiples of 16 are marked as such.
+`record(kernel)` stands in for a kernel and keeps the arguments of its launches; `compile_launch` turns such a launch
+into a cubin exactly as the JIT would: None, 1 and constexpr arguments are constants, multiples of 16 are marked so.
 """
 
 import os

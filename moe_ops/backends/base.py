@@ -67,7 +67,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where sorted row i is read (x[read[i] // top_k]), written (out[write[i]]) and what weighs it (weights[write[i]])."""
+    """Where sorted row i is read (x[read[i] // top_k]), written (out[write[i]]), its weight (weights[write[i]])."""
 
     offsets: Tensor | None  # (E + 1,); None: all rows belong to the one expert
     read: Tensor | None = None

@@ -32,7 +32,8 @@ def experts(
     if router_weight_on_input:
         x, read, weights = _weigh_input(x, order, weights, top_k), Rows(offsets), None  # (R, H) sorted
     h = _project(parts, x, up, read, gate, fmt, batch_invariant)  # (R, I) sorted
-    y = _project(parts, h, down, Rows(offsets, write=order, weights=weights), None, fmt, batch_invariant)  # (R, H) slots
+    write = Rows(offsets, write=order, weights=weights)
+    y = _project(parts, h, down, write, None, fmt, batch_invariant)  # (R, H) slots
     return parts.combine(y, top_k)
 
 
@@ -134,8 +135,8 @@ def experts_backward(
 
 
 def grouped_mm_backward(
-    parts: Any, grad: Tensor, x: Tensor, x_scale: Tensor | None, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
-    need: tuple[bool, bool, bool] = (True, True, True),
+    parts: Any, grad: Tensor, x: Tensor, x_scale: Tensor | None, w: Weight, rows: Rows, gate: Gate | None, fmt: Format,
+    *, need: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (its own shape), bias (E, N) and the row weights; those not needed are empty."""
     dtype, empty = grad.dtype, grad.new_empty(0)

@@ -41,8 +41,10 @@ def grouped_mm(
         mine = slice(bounds[e], bounds[e + 1])
         if bounds[e] == bounds[e + 1]:
             continue
-        read = slice(None, None) if rows.read is None else rows.read[mine] // rows.top_k
-        xe = _values(x, x_scale, fmt)[mine] if rows.read is None else _take(x, x_scale, fmt, read)
+        if rows.read is None:
+            xe = _values(x, x_scale, fmt)[mine]
+        else:
+            xe = _take(x, x_scale, fmt, rows.read[mine] // rows.top_k)
         we, bias = _expert(weight, fmt, e)
         with torch.autocast(x.device.type, enabled=False):
             y = xe @ (we if transpose else we.T)  # (rows of e, width) fp32
@@ -74,7 +76,8 @@ def _values(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
 
 def _expert(w: Weight, fmt: Format, e: int) -> tuple[Tensor, Tensor | None]:
     """One expert's matrix (N, K) in fp32 and its bias (N,), gate rows first."""
-    qdata, scale, bias = w.qdata[e], w.scale[e] if w.scale is not None else None, w.bias[e] if w.bias is not None else None
+    qdata, bias = w.qdata[e], w.bias[e] if w.bias is not None else None
+    scale = w.scale[e] if w.scale is not None else None
     if w.interleaved:
         qdata = qdata.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
         bias = deinterleave(bias) if bias is not None else None

@@ -26,7 +26,7 @@ from . import compose
 from .base import Problem, Rows, Weight, arch_of, interpreted
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# Hopper's tensor core sums products of fp8 in a short accumulator. Against float64 on the same codes the error of a bf16
+# Hopper's tensor core sums fp8 products in a short accumulator. Against float64 on the same codes the error of a bf16
 # result is 1.12 x its rounding at K = 2048, 1.29 x at 4096, 1.5 x at 7168, 2.0 x at 14336 (H200); 1.00 x when every 128
 # products join an fp32 register. That costs time, and is done where the error would come near twice the rounding.
 _PROMOTE_ABOVE_K, _PROMOTE = 8192, 128

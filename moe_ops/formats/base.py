@@ -111,7 +111,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Format:
-    """A weight codec and, unless activations stay in float, an activation codec. `name` is `weight` or `weight/activation`."""
+    """A weight codec and, unless activations stay in float, one for them. `name` is `weight` or `weight/activation`."""
 
     name: str
     weight: Codec

@@ -25,9 +25,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a configuration depends on: the MMA ("fp8", "bf16" for both halves, "fp32"); whether weights are decoded to it
-    in registers; whether sums leave the tensor core every K block, for scales or for precision; whether gate and up are
-    computed together; whether there is a bias (two more vectors of registers in the epilogue)."""
+    """What a configuration depends on.
+
+    The MMA ("fp8", "bf16" for both halves, "fp32"); whether weights are decoded to it in registers; whether sums leave
+    the tensor core every K block, for scales or for precision; whether gate and up are computed together; whether there
+    is a bias (two more vectors of registers in the epilogue).
+    """
 
     mma: str
     decoded: bool = False
@@ -44,7 +47,9 @@ _FEW = Config(16, 64, 64, 4, 3)
 SMALL: dict[Kind, Table] = {
     Kind("bf16"): {16: _FEW, 64: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", gated=True): {16: _FEW, MANY: Config(64, 32, 64, 4, 3, group_m=8)},
-    Kind("fp8"): {16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("fp8"): {
+        16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
+    },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
     Kind("fp32"): {16: Config(16, 32, 32, 4, 2), MANY: Config(64, 32, 32, 4, 2, group_m=8)},
 }  # fmt: skip
@@ -69,8 +74,9 @@ HOPPER: dict[Kind, Table] = {
         72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8"): {
-        2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True), 24: Config(32, 128, 128, 8, 3, swap=True),
-        72: Config(64, 128, 128, 4, 3, swap=True), MANY: Config(128, 256, 128, 8, 4, group_m=16),
+        2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True),
+        24: Config(32, 128, 128, 8, 3, swap=True), 72: Config(64, 128, 128, 4, 3, swap=True),
+        MANY: Config(128, 256, 128, 8, 4, group_m=16),
     },
     Kind("fp8", gated=True): {
         2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
@@ -82,13 +88,14 @@ HOPPER: dict[Kind, Table] = {
         24: Config(32, 64, 128, 4, 4, swap=True), MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp8", promoted=True): {
-        2: Config(16, 128, 128, 4, 4), 12: Config(16, 128, 128, 4, 3, swap=True), 24: Config(32, 128, 128, 4, 3, swap=True),
-        72: Config(64, 128, 128, 4, 4), 200: Config(64, 128, 128, 4, 4, group_m=8),
-        MANY: Config(128, 128, 128, 8, 4, group_m=16),
+        2: Config(16, 128, 128, 4, 4), 12: Config(16, 128, 128, 4, 3, swap=True),
+        24: Config(32, 128, 128, 4, 3, swap=True), 72: Config(64, 128, 128, 4, 4),
+        200: Config(64, 128, 128, 4, 4, group_m=8), MANY: Config(128, 128, 128, 8, 4, group_m=16),
     },
     Kind("fp8", promoted=True, gated=True): {
-        12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True), 72: Config(64, 128, 128, 8, 4),
-        200: Config(128, 128, 128, 8, 3, group_m=8), MANY: Config(128, 128, 128, 8, 3, group_m=16),
+        12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
+        72: Config(64, 128, 128, 8, 4), 200: Config(128, 128, 128, 8, 3, group_m=8),
+        MANY: Config(128, 128, 128, 8, 3, group_m=16),
     },
     Kind("fp8", promoted=True, gated=True, bias=True): {
         12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
@@ -96,8 +103,8 @@ HOPPER: dict[Kind, Table] = {
     },
     Kind("fp32"): SMALL[Kind("fp32")],
 }  # fmt: skip
-# sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide. Compiled,
-# not measured.
+# sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide.
+# Compiled, not measured.
 _WIDE = Config(128, 64, 64, 8, 3, group_m=8)
 BLACKWELL: dict[Kind, Table] = {
     Kind("bf16"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 64, 8, 3, group_m=8)},

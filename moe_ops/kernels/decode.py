@@ -1,7 +1,7 @@
 """Codes to numbers and back, inside a kernel. Element name -> function, by what the chip has.
 
-With the element as a Triton type the operand is used as it is, or cast. Without (e4m3 before sm_89; the interpreter, whose
-cast to e4m3 loses the carry of the rounding) the same bytes come as uint8 and are taken apart by hand.
+With the element as a Triton type the operand is used as it is, or cast. Without (e4m3 before sm_89; the interpreter,
+whose cast to e4m3 loses the carry of the rounding) the same bytes come as uint8 and are taken apart by hand.
 """
 
 import triton

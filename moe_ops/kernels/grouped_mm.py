@@ -1,4 +1,4 @@
-"""out[o] = weight[o] * act((x[r] . W[e]^T) * x_scale * w_scale + bias[e]) for every row of every expert e, in one launch.
+"""out[o] = weight[o] * act((x[r] . W[e]^T) * x_scale * w_scale + bias[e]) for every row of every expert e, one launch.
 
 M rows (sorted by expert), N output channels, K contraction, E experts. A program finds its expert from the offsets, so
 no table of tiles is prepared, and any BLOCK_M serves any routing. Rows that no expert owns are written as 0.

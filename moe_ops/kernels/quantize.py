@@ -1,4 +1,4 @@
-"""scale = max |x| over a group / max of the element; code = encode(x / scale). M rows, K columns, groups of G columns."""
+"""scale = max |x| over a group / max of the element; code = encode(x / scale). M rows, K columns, groups of G."""
 
 import triton
 import triton.language as tl

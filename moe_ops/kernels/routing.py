@@ -56,7 +56,8 @@ def _scan_kernel(counts_ptr, totals_ptr, num_chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scatter_kernel(
-    ids_ptr, counts_ptr, totals_ptr, order_ptr, offsets_ptr, R, E, num_chunks, CHUNK: tl.constexpr, E_BLOCK: tl.constexpr
+    ids_ptr, counts_ptr, totals_ptr, order_ptr, offsets_ptr, R, E, num_chunks,
+    CHUNK: tl.constexpr, E_BLOCK: tl.constexpr,
 ):
     """Position of a slot: its expert's offset + ids of that expert in earlier chunks + earlier ones in this chunk."""
     chunk = tl.program_id(0)
@@ -93,7 +94,8 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     counts = torch.empty(num_experts + 1, chunks, dtype=torch.int32, device=ids.device)
     totals = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     _count_kernel[(chunks,)](ids, counts, r, num_experts, chunks, CHUNK=_CHUNK, E_BLOCK=e_block, num_warps=4)
-    _scan_kernel[(num_experts + 1,)](counts, totals, chunks, BLOCK=min(triton.next_power_of_2(chunks), 1024), num_warps=4)
+    block = min(triton.next_power_of_2(chunks), 1024)
+    _scan_kernel[(num_experts + 1,)](counts, totals, chunks, BLOCK=block, num_warps=4)
     _scatter_kernel[(chunks,)](
         ids, counts, totals, order, offsets, r, num_experts, chunks, CHUNK=_CHUNK, E_BLOCK=e_block, num_warps=4
     )

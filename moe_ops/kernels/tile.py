@@ -88,7 +88,7 @@ def zero_rows(out_ptr, write_ptr, first, end, n, N, stride_om):
 
 @triton.jit
 def mma(x, w, acc, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + x w^T, x (BM, BK), w (BN, BK). SWAP puts the weights first: they fill the 64 rows of a warp group's product.
+    """acc + x w^T, x (BM, BK), w (BN, BK). SWAP puts the weights first: they fill the 64 rows of a warp group.
 
     PROMOTE: how many products of fp8 are summed before the sum joins an fp32 register; None leaves it to the chip.
     """
@@ -107,8 +107,10 @@ def load_k(ptrs, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def scaled_mma(x, w, acc, xs, ws_ptr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + x w^T, or acc + (x w^T) * xs * ws when the scales change along K: xs per row or 1, ws per channel or one."""
+def scaled_mma(
+    x, w, acc, xs, ws_ptr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr
+):
+    """acc + x w^T, or acc + (x w^T) * xs * ws when scales change along K: xs per row or 1, ws per channel or one."""
     if SCALED:
         ws = tl.load(ws_ptr)
         part = mma(x, w, None, SWAP, PROMOTE)

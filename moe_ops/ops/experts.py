@@ -1,4 +1,4 @@
-"""moe_ops::experts: the whole layer after the router. T tokens, A experts per token, E experts, H hidden, I intermediate."""
+"""moe_ops::experts: the layer after the router. T tokens, A experts per token, E experts, H hidden, I intermediate."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ def _check_tokens(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, hidden: int
 def experts(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *tensors: Tensor | None, format: str, activation: str = "silu",
     gated: bool = True, interleaved: bool = False, alpha: float | None = None, beta: float | None = None,
-    limit: float | None = None, router_weight_on_input: bool = False, backend: str = "auto", batch_invariant: bool = False,
+    limit: float | None = None, router_weight_on_input: bool = False, backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """y[t] = sum over a of w[t, a] * (act(x[t] W1[e]^T + b1[e]) W2[e]^T + b2[e]),  e = topk_ids[t, a]
 
-    x (T, H), topk_ids and topk_weights (T, A), gate_up_proj (E, 2I, H) or (E, I, H) when not gated, down_proj (E, H, I).
+    x (T, H), topk_ids and topk_weights (T, A), gate_up_proj (E, 2I, H) or (E, I, H) without gate, down_proj (E, H, I).
     Ids outside 0..E-1 add nothing. router_weight_on_input weighs x instead of the result. The order of roundings is the
     one of backends/compose.py. Raises ValueError for shapes, dtypes and scales that do not fit the format.
     """
@@ -101,8 +102,8 @@ def experts_backward(
     assert gate is not None
     up, down = _weights(fmt, tuple(tensors), gated, interleaved)
     if not topk_ids.numel():
-        empty = [torch.zeros_like(x), torch.zeros_like(topk_weights), *(grad.new_zeros(w.qdata.shape[:2]) for w in (up, down))]
-        return tuple(t.float() if i > 1 else t for i, t in enumerate(empty))  # type: ignore[return-value]
+        biases = [grad.new_zeros(w.qdata.shape[:2], dtype=torch.float32) for w in (up, down)]
+        return torch.zeros_like(x), torch.zeros_like(topk_weights), biases[0], biases[1]
     impl = select(_problem("experts_backward", x, up, fmt, gate), backend)
     grads = impl.fn(grad.contiguous(), x.contiguous(), topk_ids, topk_weights, up, down, fmt, gate,
                     router_weight_on_input=router_weight_on_input, need=tuple(need))  # fmt: skip
@@ -113,7 +114,8 @@ def _backward_fake(grad: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tens
     (up, down), need = rest[:2], rest[-1]
     shapes = (x.shape, topk_weights.shape, up.shape[:2], down.shape[:2])
     dtypes = (x.dtype, topk_weights.dtype, torch.float32, torch.float32)
-    return tuple(grad.new_empty(s, dtype=d) if n else grad.new_empty(0) for s, d, n in zip(shapes, dtypes, need, strict=True))
+    each = zip(shapes, dtypes, need, strict=True)
+    return tuple(grad.new_empty(s, dtype=d) if n else grad.new_empty(0) for s, d, n in each)
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
@@ -133,7 +135,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 define(f"experts({_TENSORS.format('=None')}, {_SCALARS}, bool batch_invariant=False) -> Tensor", experts, _fake)
 define(
-    f"experts_backward(Tensor grad, {_TENSORS.format('')}, bool[] need, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"experts_backward(Tensor grad, {_TENSORS.format('')}, bool[] need, {_SCALARS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     experts_backward, _backward_fake,
 )  # fmt: skip
 gradient("experts", _setup, _backward)

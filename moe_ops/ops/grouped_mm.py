@@ -15,10 +15,15 @@ from ..backends.base import FLOATS, Problem, Rows, Weight, arch_of, select
 from ..formats import FORMATS, Format
 from .library import define, gradient, needs_grad
 
-_WEIGHT = "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, Tensor? bias=None"
+_WEIGHT = (
+    "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, "
+    "Tensor? bias=None"
+)
 
 
-def make_gate(activation: str, gated: bool, alpha: float | None, beta: float | None, limit: float | None) -> Gate | None:
+def make_gate(
+    activation: str, gated: bool, alpha: float | None, beta: float | None, limit: float | None
+) -> Gate | None:
     """Arguments of an op as a Gate with presets opened; None for the activation "none"."""
     if activation == "none":
         return None
@@ -121,7 +126,9 @@ def grouped_mm(
     rows = _rows(x, offsets, w, rows_in, rows_out, row_weights, top_k, transpose)
     dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)
     impl = select(_problem("grouped_mm", x, w, fmt, gate, batch_invariant), backend)
-    return impl.fn(x, x_scale, w, rows, gate, fmt, out_dtype=dtype, transpose=transpose, batch_invariant=batch_invariant)
+    return impl.fn(
+        x, x_scale, w, rows, gate, fmt, out_dtype=dtype, transpose=transpose, batch_invariant=batch_invariant
+    )
 
 
 def _grouped_mm_fake(
@@ -153,7 +160,9 @@ def grouped_mm_backward(
     return tuple(g if n else grad.new_empty(0) for g, n in zip(grads, need, strict=True))  # type: ignore[return-value]
 
 
-def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     need, row_weights = args[-2] if isinstance(args[-1], str) else args[-1], args[7]
     e, n = weight.shape[:2]
     return (
@@ -196,7 +205,8 @@ define(
     "grouped_mm_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, Tensor? weight_scale, "
     "Tensor? weight_global_scale, Tensor? weight_zero_point, Tensor? bias, Tensor? x_scale, Tensor? rows_in, "
     "Tensor? rows_out, Tensor? row_weights, str format, int shards, int top_k, str activation, bool gated, "
-    "bool interleaved, float? alpha, float? beta, float? limit, bool[] need, str backend='auto') -> (Tensor, Tensor, Tensor)",
+    "bool interleaved, float? alpha, float? beta, float? limit, bool[] need, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor)",
     grouped_mm_backward, _backward_fake,
 )  # fmt: skip
 gradient("grouped_mm", _setup, _backward)

@@ -23,5 +23,5 @@ def gradient(name: str, setup_context: Callable, backward: Callable) -> None:
 
 
 def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
-    """`ctx.needs_input_grad` of `count` inputs: it is shorter when the last ones of a call were left at their defaults."""
+    """`ctx.needs_input_grad` of `count` inputs: it is shorter when a call left the last ones at their defaults."""
     return (*ctx.needs_input_grad, *[False] * count)[:count]

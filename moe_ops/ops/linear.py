@@ -18,10 +18,11 @@ _ROWS = Rows(None)
 def _one_expert(weight: Tensor, scale: Tensor | None, global_scale: Tensor | None, zero_point: Tensor | None,
                 bias: Tensor | None, input_scale: Tensor | None) -> Weight:  # fmt: skip
     """The matrix as the only expert: a leading dim of 1 on everything; a scale for all of it becomes (1, 1)."""
-    one = [t[None] if t is not None else None for t in (scale, global_scale, zero_point, bias, input_scale)]
-    if one[0] is not None and one[0].ndim == 1:
-        one[0] = one[0][None]
-    return Weight(weight[None], *one)
+    tensors = (scale, global_scale, zero_point, bias, input_scale)
+    scale, global_scale, zero_point, bias, input_scale = (None if t is None else t[None] for t in tensors)
+    if scale is not None and scale.ndim == 1:
+        scale = scale[None]
+    return Weight(weight[None], scale, global_scale, zero_point, bias, input_scale)
 
 
 def linear(
@@ -71,7 +72,7 @@ def _backward_fake(grad: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
-    x, weight, scale, global_scale, zero_point, bias, _ = inputs
+    _, weight, scale, global_scale, zero_point, bias, _ = inputs
     ctx.save_for_backward(weight, scale, global_scale, zero_point)
     ctx.options, ctx.bias_dtype = keyword_only_inputs, None if bias is None else bias.dtype
 
@@ -79,7 +80,8 @@ def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     need, grad_x, grad_bias = needs_grad(ctx, 7), None, None
     if need[0]:
-        grad_x = torch.ops.moe_ops.linear_backward(grad, *ctx.saved_tensors, ctx.options["format"], ctx.options["backend"])
+        options = ctx.options["format"], ctx.options["backend"]
+        grad_x = torch.ops.moe_ops.linear_backward(grad, *ctx.saved_tensors, *options)
     if need[5]:
         grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None

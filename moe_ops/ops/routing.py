@@ -1,4 +1,4 @@
-"""moe_ops::sort_by_expert, permute, unpermute, combine: slots to sorted rows and back (T, A, R, E, H as in routing.py)."""
+"""moe_ops::sort_by_expert, permute, unpermute, combine: slots to sorted rows and back (letters as in routing.py)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, backend: str = "auto") ->
 
 
 def _sort_fake(topk_ids: Tensor, num_experts: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    ids = {"dtype": torch.int32, "device": topk_ids.device}
-    return torch.empty(topk_ids.numel(), **ids), torch.empty(num_experts + 1, **ids)
+    order = topk_ids.new_empty(topk_ids.numel(), dtype=torch.int32)
+    return order, topk_ids.new_empty(num_experts + 1, dtype=torch.int32)
 
 
 def permute(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -82,7 +82,10 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad.repeat_interleave(ctx.top_k, 0), None, None
 
 
-define("sort_by_expert(Tensor topk_ids, int num_experts, str backend='auto') -> (Tensor, Tensor)", sort_by_expert, _sort_fake)
+define(
+    "sort_by_expert(Tensor topk_ids, int num_experts, str backend='auto') -> (Tensor, Tensor)",
+    sort_by_expert, _sort_fake,
+)  # fmt: skip
 define("permute(Tensor x, Tensor order, int top_k) -> Tensor", permute, _permute_fake)
 define("unpermute(Tensor rows, Tensor order) -> Tensor", unpermute, _unpermute_fake)
 define("combine(Tensor rows, int top_k, str backend='auto') -> Tensor", combine, _combine_fake)
