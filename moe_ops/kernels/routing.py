@@ -58,7 +58,7 @@ def _scan_kernel(counts_ptr, totals_ptr, num_chunks, BLOCK: tl.constexpr):
 def _scatter_kernel(
     ids_ptr, counts_ptr, totals_ptr, order_ptr, offsets_ptr, R, E, num_chunks,
     CHUNK: tl.constexpr, E_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Position of a slot: its expert's offset + ids of that expert in earlier chunks + earlier ones in this chunk."""
     chunk = tl.program_id(0)
     e = tl.arange(0, E_BLOCK)
