@@ -9,7 +9,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from moe_ops.formats import FORMATS
+from moe_ops.formats import FORMATS, Codec
 
 from . import _compat
 
@@ -25,9 +25,19 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def _describe(codec: Codec | None) -> str:
+    """Everything that a codec's numbers depend on, in words that mean the same in every process."""
+    if codec is None:
+        return "float"
+    e, rule = codec.element, codec.scale_rule
+    bits = (e.name, e.bits, e.exponent_bits, e.mantissa_bits, e.bias, e.max, e.storage)
+    named = f"{rule.__module__}.{rule.__qualname__}" if rule is not None else None
+    return repr((codec.name, bits, codec.block, codec.scale_dtype, named, codec.global_scale))
+
+
 def salt() -> str:
-    formats = hashlib.sha256(",".join(FORMATS).encode()).hexdigest()[:8]
-    return f"moe_ops-{sources_hash()}-{formats}"
+    formats = ";".join(f"{f.name}={_describe(f.weight)}/{_describe(f.activation)}" for f in FORMATS.values())
+    return f"moe_ops-{sources_hash()}-{hashlib.sha256(formats.encode()).hexdigest()[:8]}"
 
 
 def register() -> None:

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.compiler.config
 
 import moe_ops.lowering
-from moe_ops.formats import FORMATS
+from moe_ops.formats import FORMATS, Format
 from moe_ops.lowering import cache
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +49,12 @@ def test_an_old_salt_is_replaced():
 
 def test_salt_depends_on_the_formats(monkeypatch):
     before = cache.salt()
-    monkeypatch.setattr(cache, "FORMATS", [*FORMATS, "another"])
-    assert cache.salt() != before and cache.salt().rpartition("-")[0] == before.rpartition("-")[0]
+    one = next(f for f in FORMATS.values() if f.activation)
+    names = {**FORMATS, "another": Format("another", one.weight)}
+    numerics = {**FORMATS, one.name: Format(one.name, replace(one.weight, block=(7, 0)), one.activation)}
+    for changed in (names, numerics):
+        monkeypatch.setattr(cache, "FORMATS", changed)
+        assert cache.salt() != before and cache.salt().rpartition("-")[0] == before.rpartition("-")[0]
 
 
 def test_salt_depends_on_the_sources(monkeypatch):

@@ -64,6 +64,7 @@ class Plan:
     decode_x: triton.JITFunction
     decode_w: triton.JITFunction
     bits: bool  # codes are passed as bytes
+    decoded: bool
     scaled: bool
     promote: int | None
     group_n: int
@@ -84,15 +85,18 @@ def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, scaled: bool, k:
         mma = "fp32" if dot is tl.float32 else "bf16"
     group_k = block[1] or (fmt.activation.block[1] if fmt.activation and fmt.activation.block else 0)
     promote = _PROMOTE if mma == "fp8" and arch == 90 and k > _PROMOTE_ABOVE_K and not scaled else None
-    return Plan(mma, dot, decode_x, decode_w, not native, scaled, promote, block[0], group_k)
+    decoded = mma != "fp8" and fmt.weight.element.storage is not None
+    return Plan(mma, dot, decode_x, decode_w, not native, decoded, scaled, promote, block[0], group_k)
 
 
-def _config(plan: Plan, arch: int, rows: int, experts: int, gated: bool, bias: bool, invariant: bool) -> Config:
+def _config(plan: Plan, arch: int, rows: int, w: Weight, gated: bool, transpose: bool, invariant: bool) -> Config:
+    experts = w.qdata.shape[0]
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
     per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
-    decoded = plan.mma != "fp8" and plan.decode_w is not DECODE_BITS["bf16"]
+    if transpose:
+        return choose(Kind(plan.mma, transposed=True), arch, per_expert)
     promoted = plan.scaled or plan.promote is not None
-    return choose(Kind(plan.mma, decoded, promoted, gated, bias), arch, per_expert)
+    return choose(Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None), arch, per_expert)
 
 
 def grouped_mm(
@@ -110,7 +114,7 @@ def grouped_mm(
         return out
     scaled = not transpose and (_varies(weight.scale, 3) or _varies(x_scale, 2))
     plan = _plan(fmt, x.dtype, x_scale is not None, scaled, k, arch)
-    config = _config(plan, arch, num_rows, e, gated, weight.bias is not None, batch_invariant)
+    config = _config(plan, arch, num_rows, weight, gated, transpose, batch_invariant)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)
     tiles = {"E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row, "BLOCK_M": config.block_m,
              "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,

@@ -37,6 +37,7 @@ class Kind:
     promoted: bool = False
     gated: bool = False
     bias: bool = False
+    transposed: bool = False  # the gradient's product: weights dequantized in registers, whatever the format
 
 
 MANY = 1 << 30
@@ -51,8 +52,11 @@ SMALL: dict[Kind, Table] = {
         16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
-    Kind("fp32"): {16: Config(16, 32, 32, 4, 2), MANY: Config(64, 32, 32, 4, 2, group_m=8)},
+    Kind("fp32"): {16: Config(16, 32, 16, 4, 2), MANY: Config(64, 32, 16, 4, 2, group_m=8)},
+    Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
+    Kind("bf16", transposed=True): {16: Config(16, 64, 64, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
 }  # fmt: skip
+_SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True))
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
@@ -101,17 +105,21 @@ HOPPER: dict[Kind, Table] = {
         12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
         MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
-    Kind("fp32"): SMALL[Kind("fp32")],
+    **{kind: SMALL[kind] for kind in _SHARED},
 }  # fmt: skip
 # sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide.
 # Compiled, not measured.
-_WIDE = Config(128, 64, 64, 8, 3, group_m=8)
+_NARROW = Config(128, 64, 128, 8, 3, group_m=8)
 BLACKWELL: dict[Kind, Table] = {
     Kind("bf16"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 64, 8, 3, group_m=8)},
-    Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _WIDE},
-    Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 128, 8, 3, group_m=8)},
-    Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 128, 8, 3, group_m=8)},
-    Kind("fp32"): SMALL[Kind("fp32")],
+    Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", decoded=True): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", decoded=True, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
+    Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
+    Kind("fp8", promoted=True): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
+    Kind("fp8", promoted=True, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
+    **{kind: SMALL[kind] for kind in _SHARED},
 }
 _TABLES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
@@ -123,6 +131,8 @@ def tables(arch: int) -> dict[Kind, Table]:
 def table(kind: Kind, arch: int) -> Table:
     """The entry of the kind, or of the nearest one: without the bias, then the gate, the promotion, the decoding."""
     listed = tables(arch)
+    if kind.transposed:
+        return listed[kind]
     flags = [(flag, False) if flag else (False,) for flag in (kind.decoded, kind.promoted, kind.gated, kind.bias)]
     return next(listed[near] for near in (Kind(kind.mma, *f) for f in product(*flags)) if near in listed)
 

@@ -110,14 +110,16 @@ def grouped_mm(
 
         out[o] = cast(row_weights[o] * act(x[r] . W[e]^T + bias[e]))            (R, N), or (R, N / 2) when gated
 
+    shards: how many matrices lie above each other in a weight, each with scales of its own; a gated product has two.
     Rows that no expert owns give exactly 0. x is quantized as the format says unless x_scale comes with codes.
     transpose: out = x . W[e] with x (rows, N), for gradients; x is then not quantized, and bias and gate are refused.
     Raises ValueError for shapes, dtypes and scales that do not fit the format.
     """
     fmt = FORMATS[format]
+    gate = make_gate(activation, gated, alpha, beta, limit)
+    shards = 2 if interleaved or (gate is not None and gate.gated) else shards
     w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
     check_weight(fmt, w)
-    gate = make_gate(activation, gated, alpha, beta, limit)
     if transpose and (bias is not None or gate is not None):
         raise ValueError("a transposed product takes neither bias nor activation")
     if batch_invariant and x_scale is None and not transpose:
@@ -152,8 +154,9 @@ def grouped_mm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, bias and row_weights in fp32 or x's dtype; an empty tensor for those not in `need`."""
     fmt = FORMATS[format]
-    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
     gate = make_gate(activation, gated, alpha, beta, limit)
+    shards = 2 if interleaved or (gate is not None and gate.gated) else shards
+    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
     rows = Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
     impl = select(_problem("grouped_mm_backward", grad, w, fmt, gate), backend)
     grads = impl.fn(grad.contiguous(), x, x_scale, w, rows, gate, fmt, need=tuple(need))
