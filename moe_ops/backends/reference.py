@@ -41,13 +41,10 @@ def grouped_mm(
         mine = slice(bounds[e], bounds[e + 1])
         if bounds[e] == bounds[e + 1]:
             continue
-        if rows.read is None:
-            xe = _values(x, x_scale, fmt)[mine]
-        else:
-            xe = _take(x, x_scale, fmt, rows.read[mine] // rows.top_k)
-        we, bias = _expert(weight, fmt, e)
+        xe = _take(x, x_scale, fmt, mine if rows.read is None else rows.read[mine] // rows.top_k)
+        we, channel_scale, bias = _expert(weight, fmt, e)
         with torch.autocast(x.device.type, enabled=False):
-            y = xe @ (we if transpose else we.T)  # (rows of e, width) fp32
+            y = (xe * channel_scale) @ we if transpose else (xe @ we.T) * channel_scale  # (rows of e, width) fp32
         if bias is not None and not transpose:
             y = y + bias.float()
         if gate is not None:
@@ -59,7 +56,7 @@ def grouped_mm(
     return out
 
 
-def _take(x: Tensor, x_scale: Tensor | None, fmt: Format, index: Tensor) -> Tensor:
+def _take(x: Tensor, x_scale: Tensor | None, fmt: Format, index: Tensor | slice) -> Tensor:
     scale = x_scale[index] if x_scale is not None and x_scale.ndim > 1 else x_scale
     return _values(x[index], scale, fmt)
 
@@ -74,17 +71,26 @@ def _values(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
     return fmt.activation.dequantize(QuantizedTensor(x, scale, None, None, fmt.activation))
 
 
-def _expert(w: Weight, fmt: Format, e: int) -> tuple[Tensor, Tensor | None]:
-    """One expert's matrix (N, K) in fp32 and its bias (N,), gate rows first."""
-    qdata, bias = w.qdata[e], w.bias[e] if w.bias is not None else None
+def _expert(w: Weight, fmt: Format, e: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """One expert, gate rows first: matrix (N, K) in fp32, scale (N,) that multiplies its channels, bias (N,).
+
+    A scale that changes along K is in the matrix; one that does not stays out of it, which costs N * K products less.
+    """
+    codes, bias = w.qdata[e], w.bias[e] if w.bias is not None else None
     scale = w.scale[e] if w.scale is not None else None
     if w.interleaved:
-        qdata = qdata.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        codes = codes.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
         bias = deinterleave(bias) if bias is not None else None
         if scale is not None and fmt.weight.block is not None and fmt.weight.block[0] == 1:
             scale = scale.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
-    one = QuantizedTensor(qdata[None], None if scale is None else scale[None], None, None, fmt.weight)
-    return dequantize_weight(one, w.shards)[0], bias
+    if scale is None:
+        return codes.float(), 1.0, bias
+    if scale.ndim == 1:  # (S,): one for each matrix
+        return fmt.weight.element.decode(codes), scale.float().repeat_interleave(codes.shape[0] // w.shards), bias
+    if scale.shape == (codes.shape[0], 1):
+        return fmt.weight.element.decode(codes), scale[:, 0].float(), bias
+    one = QuantizedTensor(codes[None], scale[None], None, None, fmt.weight)
+    return dequantize_weight(one, w.shards)[0], 1.0, bias
 
 
 class Parts:

@@ -91,11 +91,8 @@ class Codec:
         bn, bk = self.block
         if not bn and not bk:
             return scale[..., None, None]  # (..., 1, 1)
-        if bn > 1:
-            scale = scale.repeat_interleave(bn, -2)[..., :n, :]
-        if bk > 1:
-            scale = scale.repeat_interleave(bk, -1)[..., :k]
-        return scale
+        wide = scale[..., :, None, :, None].expand(*scale.shape[:-1], max(bn, 1), scale.shape[-1], max(bk, 1))
+        return wide.flatten(-4, -3).flatten(-2, -1)[..., :n, :k]  # extents of 1 stay: they broadcast
 
     def _amax(self, x: Tensor) -> Tensor:
         """Largest magnitude of each block, in the shape of the scale; NaN in a block gives NaN."""
