@@ -174,7 +174,7 @@ def experts(layer, x, ids, weights, work=torch.float64, *, on_input=False, biase
 def assert_as_good(got: Tensor, truth: Tensor, plain: Tensor, what="result", factor=2.0) -> None:
     """The error of `got` is at most twice the error that plain torch makes in the same dtype (in norm).
 
-    In fp32 both are but orders of adding: sqrt(K) 2^-23 is what an order costs, here for the 40 to 72 products of a sum.
+    In fp32 both are orders of adding: sqrt(K) 2^-23 is what an order costs, here for sums of 40 to 72 products.
     """
     error = (got.detach().cpu().double() - truth.detach()).norm().item()
     order = 40**0.5 * 2.0**-23 * truth.detach().norm().item()

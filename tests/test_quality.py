@@ -43,5 +43,3 @@ def test_bits_per_byte(name, bound, reference):
     assert abs(bits_per_byte(model) / reference - 1) < bound
     left = {row.name for row in moe_ops.summary(model).rows if row.format is None and row.kind == "linear"}
     assert left <= {"lm_head"}, left
-
-
