@@ -88,9 +88,9 @@ def test_experts_with_static_scales(name, gated, on_input, device):
 def test_backends_agree(name, device):
     layer = layer_for(name, 72, 40, dtype=torch.bfloat16)
     x, ids, weights = inputs(60, 72, 3, 5, torch.bfloat16)
-    auto, reference = run(layer, x, ids, weights, device), run(layer, x, ids, weights, device, backend="reference")
-    truth = oracle.experts(layer, x, ids, weights)
-    assert_as_good(auto, truth, reference.cpu())
+    truth, plain = (oracle.experts(layer, x, ids, weights, work) for work in (torch.float64, torch.bfloat16))
+    for backend in ("auto", "reference"):
+        assert_as_good(run(layer, x, ids, weights, device, backend=backend), truth, plain, backend)
 
 
 # ---- grouped_mm

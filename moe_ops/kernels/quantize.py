@@ -29,28 +29,26 @@ def _encode(x, scale, ENCODE: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, scale_ptr, q_ptr, s_ptr, M, K, G, num_groups, stride_xm, stride_sm, element_max,
-    ENCODE: tl.constexpr, STATIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    x_ptr, scale_ptr, q_ptr, s_ptr, K, G, num_groups, stride_xm, stride_sm, element_max,
+    ENCODE: tl.constexpr, STATIC: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS groups. LOOP: a group is longer than BLOCK, and is read a second time for its codes."""
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m, group = i // num_groups, (i % num_groups).to(tl.int32)
-    live = m < M
-    m = tl.where(live, m, 0)
-    k = group[:, None] * G + tl.arange(0, BLOCK)[None, :]  # (ROWS, BLOCK)
-    end = tl.where(live, tl.minimum(group * G + G, K), 0)[:, None]
-    x_ptrs, q_ptrs = x_ptr + m[:, None] * stride_xm + k, q_ptr + m[:, None] * K + k
+    """A program takes GROUPS groups of a row. LOOP: a group is longer than BLOCK, and is read again for its codes."""
+    m = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    k = group[:, None] * G + tl.arange(0, BLOCK)[None, :]  # (GROUPS, BLOCK)
+    end = tl.minimum(group * G + G, K)[:, None]
+    x_ptrs, q_ptrs = x_ptr + m * stride_xm + k, q_ptr + m * K + k
     x = _load(x_ptrs, k < end)
     if STATIC:
-        scale = tl.load(scale_ptr + m * stride_sm)
+        scale = tl.zeros((GROUPS,), tl.float32) + tl.load(scale_ptr + m * stride_sm)
     else:
         amax = _amax(x)
         if LOOP:
             for start in range(BLOCK, G, BLOCK):
                 amax = _nan_max(amax, _amax(_load(x_ptrs + start, k + start < end)))
-        scale = tl.div_rn(amax, tl.zeros((ROWS,), tl.float32) + element_max)
+        scale = tl.div_rn(amax, tl.zeros((GROUPS,), tl.float32) + element_max)
         scale = tl.where(scale == 0.0, 1.0, scale)
-        tl.store(s_ptr + m * num_groups + group, scale, mask=live)
+        tl.store(s_ptr + m * num_groups + group, scale, mask=group < num_groups)
     tl.store(q_ptrs, _encode(x, scale, ENCODE), mask=k < end)
     if LOOP:
         for start in range(BLOCK, G, BLOCK):
@@ -58,14 +56,16 @@ def _quantize_kernel(
             tl.store(q_ptrs + start, _encode(_load(x_ptrs + start, inside), scale, ENCODE), mask=inside)
 
 
+_ELEMENTS = 4096  # of one program, in registers, where groups are shorter than that
+
+
 def quantize(x: Tensor, scale: Tensor | None, q: Tensor, s: Tensor, group: int, element_max: float, encode) -> None:
     """x (M, K), rows contiguous -> q (M, K), s (M, ceil(K / group)) unless a scale (M, 1) or () is given."""
     m, k = x.shape
-    groups = triton.cdiv(k, group)
-    block = min(triton.next_power_of_2(group), 8192)
-    rows = max(1, min(16, 2048 // block))
-    _quantize_kernel[(triton.cdiv(m * groups, rows),)](
-        x, scale, q, s, m, k, group, groups, x.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0),
-        element_max, ENCODE=encode, STATIC=scale is not None, ROWS=rows, BLOCK=block, LOOP=group > block,
-        num_warps=4 if rows * block <= 4096 else 8,
+    num_groups, block = triton.cdiv(k, group), min(triton.next_power_of_2(group), 16384)
+    groups = max(1, min(triton.next_power_of_2(num_groups), _ELEMENTS // block))
+    _quantize_kernel[(m, triton.cdiv(num_groups, groups))](
+        x, scale, q, s, k, group, num_groups, x.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0),
+        element_max, ENCODE=encode, STATIC=scale is not None, GROUPS=groups, BLOCK=block, LOOP=group > block,
+        num_warps=4 if groups * block <= 4096 else 8 if groups * block <= 8192 else 16,
     )  # fmt: skip
