@@ -77,7 +77,7 @@ def _scatter_kernel(
     tl.store(order_ptr + offset + before + rank, r, mask=r < R)
 
 
-_ONE_KERNEL_ROWS = 4096  # up to here every program reads all ids; above, three kernels over chunks of them
+_ONE_KERNEL_ROWS = 2048  # up to here every program reads all ids; above, three kernels over chunks of them
 _CHUNK = 128
 
 
