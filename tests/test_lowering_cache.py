@@ -87,6 +87,20 @@ print([m for m in set(sys.modules) - before if m.startswith({heavy})])
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_first_compile_registers(tmp_path):
+    """Also for somebody who compiles a single op and never calls quantize_."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, moe_ops
+assert "moe_ops-" not in torch.compiler.config.cache_key_tag
+f = torch.compile(lambda x, order: torch.ops.moe_ops.permute(x, order, 1), backend="aot_eager", fullgraph=True)
+f(torch.zeros(2, 3), torch.tensor([1, 0], dtype=torch.int32))
+print(torch.compiler.config.cache_key_tag == moe_ops.lowering.cache.salt())
+"""
+    done = run(code, tmp_path)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_lowering_alone_is_refused():
     done = run("import lowering", ROOT)
     assert done.returncode and "ImportError: import moe_ops.lowering" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,20 @@ def define(schema: str, impl: Callable, fake: Callable, *, tags: tuple[torch.Tag
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moe_ops::{name}", fake, lib=LIBRARY)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        _register_lowering()
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"moe_ops::{name}", traced, lib=LIBRARY)
+
+
+@cache
+def _register_lowering() -> None:
+    """Fakes run when a graph is traced: that is soon enough for the compiler, and no work for those who do not compile."""
+    from ..lowering import register
+
+    register()
 
 
 def gradient(name: str, setup_context: Callable, backward: Callable) -> None:
