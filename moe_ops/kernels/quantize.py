@@ -64,8 +64,9 @@ def quantize(x: Tensor, scale: Tensor | None, q: Tensor, s: Tensor, group: int, 
     m, k = x.shape
     num_groups, block = triton.cdiv(k, group), min(triton.next_power_of_2(group), 16384)
     groups = max(1, min(triton.next_power_of_2(num_groups), _ELEMENTS // block))
+    stride_sm = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
     _quantize_kernel[(m, triton.cdiv(num_groups, groups))](
-        x, scale, q, s, k, group, num_groups, x.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0),
-        element_max, ENCODE=encode, STATIC=scale is not None, GROUPS=groups, BLOCK=block, LOOP=group > block,
+        x, scale, q, s, k, group, num_groups, x.stride(0), stride_sm, element_max,
+        ENCODE=encode, STATIC=scale is not None, GROUPS=groups, BLOCK=block, LOOP=group > block,
         num_warps=4 if groups * block <= 4096 else 8 if groups * block <= 8192 else 16,
     )  # fmt: skip

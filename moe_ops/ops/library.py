@@ -26,7 +26,7 @@ def define(schema: str, impl: Callable, fake: Callable, *, tags: tuple[torch.Tag
 
 @cache
 def _register_lowering() -> None:
-    """Fakes run when a graph is traced: that is soon enough for the compiler, and no work for those who do not compile."""
+    """Fakes run when a graph is traced: soon enough for the compiler, and no work for those who do not compile."""
     from ..lowering import register
 
     register()
