@@ -237,6 +237,8 @@ def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> 
         found.leave(place, kind, f"{picked.format.name} is not quantized")
     elif n % _MULTIPLE or k % _MULTIPLE or n == 1:
         found.leave(place, kind, f"{n} x {k} is not a multiple of {_MULTIPLE}")
+    elif not isinstance(m._parameters.get("weight"), nn.Parameter):  # weight_norm, spectral_norm, prune
+        found.leave(place, kind, f"its weight is computed, from {', '.join(m._parameters)}")
     elif reason := picked.format.check(n, k) or _read_by_parent(place):
         found.leave(place, kind, reason)
     elif problem := _unusable(m):
@@ -294,6 +296,8 @@ def _check_foreign(found: Plan, place: Place, rules: Rules) -> None:
             f"{place.name or 'the model'} ({library}'s {type(m).__name__}) holds {_describe(*bad[0])}:"
             " quantized or sharded by another library; add it to ignore, or load the model in float"
         )
+    elif isinstance(m, nn.Linear):
+        found.leave(place, "linear", f"{type(m).__name__} is a class of its own, not nn.Linear")
 
 
 def _is_foreign(t: Tensor) -> bool:

@@ -3,10 +3,12 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from toy_moe import (
     EXPERTS,
     EXPERTS_AT,
@@ -118,6 +120,28 @@ def test_heads_adapters_and_weights_that_the_code_reads_stay():
     assert notes["reads.wo"] == "the code of Reads reads wo.weight" and formats(model)["reads.wi"] == "fp8"
     assert notes["adapted.lora_A"] == "adapter" and formats(model)["adapted.base_layer"] == "fp8"
     assert "30 x 64" in notes["odd"]
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.spectral_norm, partial(l1_unstructured, name="weight", amount=0.5)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_linear_with_a_computed_weight_stays(norm):
+    """A hook assigns its weight before each forward: codes would be overwritten."""
+    model = nn.Sequential(norm(nn.Linear(64, 64)), nn.Linear(64, 64)).eval()
+    x = torch.randn(4, 64)
+    want = model(x)
+    assert rel(quantize_(model, "fp8")(x), want) < 0.08
+    (left, done) = summary(model).rows
+    assert left.format is None and left.note.startswith("its weight is computed") and done.format == "fp8"
+
+
+def test_subclasses_of_linear_stay_and_are_listed():
+    class Own(nn.Linear):
+        pass
+
+    rows = summary(quantize_(nn.Sequential(Own(64, 64), nn.Linear(64, 64)), "fp8")).rows
+    assert [r.format for r in rows] == [None, "fp8"] and rows[0].note == "Own is a class of its own, not nn.Linear"
 
 
 def test_a_dense_model():
