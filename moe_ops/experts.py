@@ -66,7 +66,7 @@ class QuantizedExperts(QuantizedModule):
             if bias is not None:
                 new._parameters[key] = nn.Parameter(bias.detach())
         new.__dict__["num_experts"] = e
-        return _fill(new, spec, _format(format), backend, device)
+        return _fill(new, spec, FORMATS.resolve(format), backend, device)
 
     def weight_names(self) -> tuple[str, ...]:
         return self.spec.up, self.spec.down
@@ -255,7 +255,3 @@ def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:
         raise ValueError(f"weights of experts are (E, N, K) float tensors, got {w.dtype} {tuple(w.shape)}")
     e, n, k = w.shape
     return (e, k, n) if transposed else (e, n, k)
-
-
-def _format(fmt: str | Format) -> Format:
-    return FORMATS[fmt] if isinstance(fmt, str) else fmt

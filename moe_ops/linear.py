@@ -26,7 +26,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         device: torch.device | str | None = None,
     ) -> QuantizedLinear:  # fmt: skip
         """Quantized stand-in for `linear`; shares its bias and hooks. ValueError where the format cannot take it."""
-        fmt = FORMATS[format] if isinstance(format, str) else format
+        fmt = FORMATS.resolve(format)
         reason = fmt.check(linear.out_features, linear.in_features)
         if reason:
             raise ValueError(f"weight: {reason}")

@@ -94,12 +94,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _format(value: Choice) -> Format | None:
-    if value is None:
-        return None
-    name = value.name if isinstance(value, Format) else value
-    if not isinstance(name, str):
-        raise ValueError(f"a format is a name, a Format or None, got {value!r}")
-    return FORMATS[name]
+    return None if value is None else FORMATS.resolve(value)
 
 
 def _ancestors(name: str) -> list[str]:

@@ -1,5 +1,7 @@
 """What quantize_ refuses: a ValueError that says why, and a model that is as it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from toy_moe import (
     experts,
 )
 
-from moe_ops import FORMATS, QuantizedLinear, dequantize_, quantize_, summary
+from moe_ops import FORMATS, QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
 
 
 def snapshot(model):
@@ -148,3 +150,18 @@ def test_dimensions_that_the_format_cannot_take(monkeypatch):
     assert formats(model)["layers.0.proj"] == "fp8"
     with pytest.raises(ValueError, match="weight: 32 is odd"):
         QuantizedLinear.from_float(nn.Linear(32, 64), "fp8")
+
+
+def test_a_format_object_must_be_the_registered_one():
+    """Modules keep the name: another format of that name would be quantized one way and computed another."""
+    fp8, other = FORMATS["fp8"], replace(FORMATS["fp8_tensor"], name="fp8")
+    message = "another format is registered as 'fp8'"
+    refused(ToyModel(), message, other)
+    refused(ToyModel(), message, {"experts": other})
+    with pytest.raises(ValueError, match=message):
+        QuantizedLinear.from_float(nn.Linear(64, 64), other)
+    with pytest.raises(ValueError, match=message):
+        QuantizedExperts.from_float(torch.randn(2, 64, 32), torch.randn(2, 32, 32), other)
+    with pytest.raises(ValueError, match="a format is a name or a Format, got 8"):
+        QuantizedLinear.from_float(nn.Linear(64, 64), 8)
+    assert QuantizedLinear.from_float(nn.Linear(64, 64), fp8).format == "fp8"

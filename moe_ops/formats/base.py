@@ -159,6 +159,15 @@ class Formats(Mapping[str, Format]):
             raise ValueError(f"unknown codec {name!r}; known: {', '.join(self._codecs)}")
         return self._codecs[name]
 
+    def resolve(self, format: str | Format) -> Format:
+        """A name or a registered Format -> the Format. Modules keep the name only, so it must lead back to the same."""
+        if not isinstance(format, str | Format):
+            raise ValueError(f"a format is a name or a Format, got {format!r}")
+        found = self[format.name if isinstance(format, Format) else format]
+        if isinstance(format, Format) and found != format:
+            raise ValueError(f"another format is registered as {format.name!r}: give yours a name of its own")
+        return found
+
     def __getitem__(self, name: str) -> Format:
         if name in self._listed:
             return self._listed[name]
