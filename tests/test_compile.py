@@ -11,6 +11,7 @@ from toy_moe import HIDDEN, ToyModel, call_args, experts, relative_error, tokens
 
 import moe_ops
 from moe_ops import dequantize_, quantize_
+from moe_ops.backends import resolve
 
 COUNTS = (3, 2, 7, 64, 65, 300, 1, 0)
 KINDS = ["plain", "everything", "own gate", "no gate", "post norm"]
@@ -135,6 +136,26 @@ def test_the_backend_is_part_of_the_graph():
     q.backend = "reference"
     compiled(*call_args())
     assert seen[2:] in ([], ["reference"])
+
+
+@torch.no_grad()
+def test_use_backend_inside_a_compiled_function():
+    seen = []
+
+    def backend(gm, example_inputs):
+        seen.extend(n.kwargs["backend"] for n in gm.graph.nodes if "backend" in n.kwargs)
+        return gm.forward
+
+    q = quantize_(nn.Linear(64, 64), "fp8")
+
+    def both(x):
+        with moe_ops.use_backend("reference"):
+            y = q(x)
+        return y + q(x)
+
+    x = torch.randn(3, 64)
+    assert torch.equal(torch.compile(both, backend=backend, fullgraph=True)(x), both(x))
+    assert seen == ["reference", "auto"] and resolve(None) == ("auto", False)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from toy_moe import relative_error as rel
 
 import moe_ops
 from moe_ops import FORMATS, QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
+from moe_ops.backends import resolve
 
 # ---- layouts
 
@@ -288,3 +290,22 @@ def test_backend_of_a_module(monkeypatch):
     e.backend = None
     with moe_ops.use_backend("reference"), torch.no_grad():
         assert torch.isfinite(e(*call_args())).all()
+
+
+def test_threads_may_leave_use_backend_in_any_order():
+    """Of two threads inside, the first to enter leaves first: nothing of either may stay behind."""
+    ours = moe_ops.use_backend("reference"), moe_ops.use_backend("reference", batch_invariant=True)
+    before = resolve(None)
+    with moe_ops.use_backend("auto", batch_invariant=True):
+        around = resolve(None)
+        for step, active in (
+            (ours[0].__enter__, ("reference", False)),
+            (ours[1].__enter__, ("reference", True)),
+            (lambda: ours[0].__exit__(None, None, None), ("reference", True)),
+            (lambda: ours[1].__exit__(None, None, None), around),
+        ):
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+            assert resolve(None) == active
+    assert resolve(None) == before

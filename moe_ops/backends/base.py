@@ -125,21 +125,29 @@ def check_backend(name: str) -> str:
     return name
 
 
-_ACTIVE: tuple[str, bool] = ("auto", False)
+_ACTIVE: tuple[str, bool] = ("auto", False)  # the last of _ENTERED
+_ENTERED = [_ACTIVE]
 
 
 @contextmanager
 def use_backend(name: str, batch_invariant: bool = False) -> Iterator[None]:
     """Run every module inside on one backend; a module that was given its own backend keeps that.
 
+    It holds for the whole process: of several threads inside, the one that entered last decides, until it leaves.
     batch_invariant: a token's result does not depend, to the bit, on the other tokens of its batch.
     """
     global _ACTIVE
-    before, _ACTIVE = _ACTIVE, (check_backend(name), batch_invariant)
+    mine = (check_backend(name), batch_invariant)
+    _ENTERED.append(mine)
+    _ACTIVE = mine
     try:
         yield
     finally:
-        _ACTIVE = before
+        if _ENTERED[-1] == mine:
+            _ENTERED.pop()
+        else:  # another thread has entered since, and is still inside
+            _ENTERED.remove(mine)
+        _ACTIVE = _ENTERED[-1]
 
 
 def resolve(backend: str | None) -> tuple[str, bool]:
