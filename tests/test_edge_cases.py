@@ -290,6 +290,7 @@ REFUSED = {
     "x with three dims": ({"x": torch.zeros(2, 2, H)}, r"\(2, 2, 72\)"),
     "ids of other tokens": ({"topk_ids": torch.zeros(3, 2, dtype=torch.int64)}, "topk_ids and topk_weights"),
     "weights of another width": ({"topk_weights": torch.zeros(4, 3)}, "topk_ids and topk_weights"),
+    "masks as ids": ({"topk_ids": torch.zeros(4, 2, dtype=torch.bool)}, "integers"),
     "float ids": ({"topk_ids": torch.zeros(4, 2)}, "integers"),
     "no scale": ({"down_proj_scale": None}, "down_proj_scale is missing"),
     "a scale of another shape": ({"gate_up_proj_scale": torch.ones(E, 2)}, r"up_proj_scale .* must be \(5, 80, 1\)"),
@@ -348,6 +349,13 @@ def test_parts_refuse():
         ({"transpose": True, "bias": torch.zeros(2, 8), "x": x[:, :8]}, "neither bias"),
         ({"weight": codes[0]}, "weight must"),
         ({"x_scale": torch.ones(4, 1)}, "x_scale"),
+        ({"weight": codes.int()}, "int32"),
+        ({"shards": 3}, "not 3 matrices"),
+        ({"shards": 0}, "not 0 matrices"),
+        ({"top_k": 0}, "at least 1"),
+        ({"rows_in": offsets.float()}, "rows_in must be a vector of int32"),
+        ({"rows_in": torch.zeros(4, 1, dtype=torch.int32)}, "rows_in must be a vector"),
+        ({"rows_out": torch.zeros(4)}, "rows_out must be a vector of int32"),
     ):
         with pytest.raises(ValueError, match=message):
             OPS.grouped_mm(**({"x": x, "weight": codes, "offsets": offsets, "format": "bf16"} | wrong))
@@ -363,5 +371,23 @@ def test_parts_refuse():
         OPS.quantize(x, None, "bf16")
     with pytest.raises(ValueError, match="one value or"):
         OPS.quantize(x, torch.ones(2), CODECS[0])
+    with pytest.raises(ValueError, match="single number"):
+        OPS.quantize(x[0, 0], None, CODECS[0])
+    for wrong in (codes[0, :, :8], codes):
+        with pytest.raises(ValueError, match="do not fit"):
+            OPS.linear(x, wrong, format="bf16")
     with pytest.raises(ValueError, match="do not fit"):
-        OPS.linear(x, codes[0, :, :8], format="bf16")
+        OPS.linear(x[0, 0], codes[0], format="bf16")
+    with pytest.raises(ValueError, match="at least 1"):
+        OPS.permute(x, offsets, 0)
+
+
+def test_scales_of_activations_must_fit():
+    layer = Layer("fp8_block", 2, 256, 128, dtype=DTYPE, gated=False)
+    x, scale = torch.zeros(4, 256).to(layer.up.qdata.dtype), layer.up.scale
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    for shape in ((4, 3), (3, 2), (4,), (1, 1)):
+        with pytest.raises(ValueError, match=r"x_scale must be one value, \(4, 1\) or \(4, 2\)"):
+            OPS.grouped_mm(x, layer.up.qdata, offsets, scale, x_scale=torch.ones(shape), format="fp8_block")
+    with pytest.raises(ValueError, match="input_scale must be one value"):
+        OPS.linear(x.to(DTYPE), layer.up.qdata[0], scale[0], input_scale=torch.ones(2), format="fp8_block")

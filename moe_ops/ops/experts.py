@@ -50,7 +50,7 @@ def _check_tokens(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, hidden: int
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
         raise ValueError(f"topk_ids and topk_weights must both be ({x.shape[0]}, A), got {tuple(topk_ids.shape)} "
                          f"and {tuple(topk_weights.shape)}")  # fmt: skip
-    if topk_ids.is_floating_point():
+    if topk_ids.is_floating_point() or topk_ids.dtype == torch.bool:
         raise ValueError(f"topk_ids must be integers, got {topk_ids.dtype}")
 
 

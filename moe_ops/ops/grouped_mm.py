@@ -36,12 +36,16 @@ def check_floats(x: Tensor) -> None:
         raise ValueError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
 
 
-def _check_codes(x: Tensor, fmt: Format, transpose: bool) -> None:
+def _check_codes(x: Tensor, x_scale: Tensor, fmt: Format, transpose: bool) -> None:
     """x that comes with a scale."""
     if fmt.activation is None or transpose:
         raise ValueError(f"x_scale needs a format with quantized activations, and no transpose; format {fmt.name!r}")
     if x.dtype != fmt.activation.element.storage:
         raise ValueError(f"x with a scale must hold {fmt.activation.element.storage}, got {x.dtype}")
+    group = fmt.activation.block[1] if fmt.activation.block else 0
+    shapes = (), (x.shape[0], 1), (x.shape[0], -(-x.shape[-1] // group) if group else 1)
+    if tuple(x_scale.shape) not in shapes:
+        raise ValueError(f"x_scale must be one value, {shapes[1]} or {shapes[2]}, got {tuple(x_scale.shape)}")
 
 
 def check_weight(fmt: Format, w: Weight, name: str = "weight") -> None:
@@ -51,6 +55,10 @@ def check_weight(fmt: Format, w: Weight, name: str = "weight") -> None:
     storage = fmt.weight.element.storage
     if storage is not None and w.qdata.dtype != storage:
         raise ValueError(f"{name} of format {fmt.name!r} must hold {storage}, got {w.qdata.dtype}")
+    if storage is None and w.qdata.dtype not in FLOATS:
+        raise ValueError(f"{name} of format {fmt.name!r} must be float16, bfloat16 or float32, got {w.qdata.dtype}")
+    if w.shards < 1 or w.qdata.shape[1] % w.shards:
+        raise ValueError(f"{name} has {w.qdata.shape[1]} rows per expert: they are not {w.shards} matrices of one size")
     if (w.scale is not None) != fmt.quantized:
         raise ValueError(f"{name}_scale {'is missing' if fmt.quantized else 'is not used'}: format {fmt.name!r}")
     if w.scale is not None:
@@ -82,6 +90,11 @@ def _rows(x: Tensor, offsets: Tensor, w: Weight, rows_in: Tensor | None, rows_ou
         raise ValueError(f"x must be (rows, {contraction}) for this weight, got {tuple(x.shape)}")
     if offsets.shape != (w.qdata.shape[0] + 1,) or offsets.dtype != torch.int32:
         raise ValueError(f"offsets must be int32 ({w.qdata.shape[0] + 1},), got {offsets.dtype} {tuple(offsets.shape)}")
+    for name, index in (("rows_in", rows_in), ("rows_out", rows_out)):
+        if index is not None and (index.ndim != 1 or index.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"{name} must be a vector of int32 or int64, got {index.dtype} {tuple(index.shape)}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     num_rows = x.shape[0] if rows_in is None else rows_in.shape[0]
     for name, index in (("rows_out", rows_out), ("row_weights", row_weights)):
         if index is not None and index.shape != (num_rows,):
@@ -124,7 +137,7 @@ def grouped_mm(
         raise ValueError("a transposed product takes neither bias nor activation")
     if batch_invariant and x_scale is None and not transpose:
         check_invariant(fmt, w)
-    check_floats(x) if x_scale is None else _check_codes(x, fmt, transpose)
+    check_floats(x) if x_scale is None else _check_codes(x, x_scale, fmt, transpose)
     rows = _rows(x, offsets, w, rows_in, rows_out, row_weights, top_k, transpose)
     dtype = out_dtype or (x.dtype if x_scale is None else torch.bfloat16)
     impl = select(_problem("grouped_mm", x, w, fmt, gate, batch_invariant), backend)

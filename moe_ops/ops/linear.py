@@ -35,11 +35,12 @@ def linear(
     input_scale: () for a static activation scale. Raises ValueError for shapes and scales that do not fit the format.
     """
     fmt = FORMATS[format]
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x (..., K) and weight (N, K) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     check_floats(x)
-    if input_scale is not None and fmt.activation is None:
-        raise ValueError(f"input_scale needs a format with quantized activations, got {fmt.name!r}")
+    if input_scale is not None and (fmt.activation is None or input_scale.numel() != 1):
+        raise ValueError("input_scale must be one value and needs a format with quantized activations; "
+                         f"got {tuple(input_scale.shape)} for {fmt.name!r}")  # fmt: skip
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, bias, input_scale)
     check_weight(fmt, w)
     if batch_invariant:

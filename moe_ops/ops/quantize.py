@@ -18,6 +18,8 @@ def _codec(name: str, x: Tensor) -> Codec:
         raise ValueError(f"codec {name!r} stores tensors as they are: there is nothing to quantize")
     if x.dtype not in FLOATS:
         raise ValueError(f"quantize takes float16, bfloat16 or float32, got {x.dtype}")
+    if not x.ndim:
+        raise ValueError("quantize takes rows (..., K), got a single number")
     return codec
 
 

@@ -29,6 +29,8 @@ def _sort_fake(topk_ids: Tensor, num_experts: int, backend: str = "auto") -> tup
 
 def permute(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     """x (T, H), order (R,) of slots -> (R, H): row i = x[order[i] // top_k]."""
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     return routing.permute(x, order, top_k)
 
 
