@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import routing
 from .activation import Gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
-from .backends.base import resolve
+from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, quantize_weight
 from .storage import PARTS, QuantizedModule, carry_over
 
@@ -45,6 +45,7 @@ class QuantizedExperts(QuantizedModule):
         transposed: (E, H, 2I) and (E, I, H). interleaved: rows (and bias) of gate and up alternate. Raises ValueError
         for shapes that do not fit, an unknown format or activation, and dimensions that the format cannot take.
         """
+        check_backend(backend or "auto")
         name, alpha, beta, limit = resolve_activation(activation, alpha, beta, limit)
         gate = Gate(activation=name, gated=gated, interleaved=interleaved, alpha=alpha, beta=beta, limit=limit)
         e, rows, h = _rows_first(gate_up_proj, transposed)
@@ -56,6 +57,9 @@ class QuantizedExperts(QuantizedModule):
             )
         if (gate_up_bias is None) != (down_bias is None):
             raise ValueError("give both biases or neither")
+        for key, bias, n in (("gate_up_bias", gate_up_bias, rows), ("down_bias", down_bias, h)):
+            if bias is not None and tuple(bias.shape) != (e, n):
+                raise ValueError(f"{key} must be {(e, n)}, got {tuple(bias.shape)}")
         spec = ExpertsSpec(
             num_experts=e, hidden_size=h, intermediate_size=i, up="gate_up_proj" if gated else "up_proj", gated=gated,
             transposed=transposed, interleaved=interleaved and gated, has_bias=gate_up_bias is not None, gate=gate,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backends.base import resolve
+from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
 from .storage import PARTS, QuantizedModule, carry_over
 
@@ -26,6 +26,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         device: torch.device | str | None = None,
     ) -> QuantizedLinear:  # fmt: skip
         """Quantized stand-in for `linear`; shares its bias and hooks. ValueError where the format cannot take it."""
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantizedModule):
+            raise ValueError(f"from_float takes a float nn.Linear, got {type(linear).__name__}")
+        check_backend(backend or "auto")
         fmt = FORMATS.resolve(format)
         reason = fmt.check(linear.out_features, linear.in_features)
         if reason:

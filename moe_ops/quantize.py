@@ -48,13 +48,11 @@ def quantize_(
     an unknown layout or of dimensions that the format cannot take (strict), modules quantized to another format, meta
     tensors, compiled, offloaded or sharded modules, modules quantized by another library.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"quantize_ takes an nn.Module, got {type(model).__name__}")
     rules = parse(format, ignore)
     if backend is not None:
         check_backend(backend)
-    if device is not None and torch.device(device).type == "meta":
-        raise ValueError("modules cannot be quantized on the meta device")
+    if device is not None:
+        _check_device(device)
     found = plan(model, rules, strict)
     _raise(found.problems)
     from . import lowering
@@ -86,6 +84,16 @@ def dequantize_(model: nn.Module) -> nn.Module:
         _store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
     forget_left(model)
     return model
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Before anything is changed: a device that is not there would fail at the first module."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:  # the latter from a torch without CUDA
+        raise ValueError(f"cannot use device {str(device)!r}: {str(e).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise ValueError("modules cannot be quantized on the meta device")
 
 
 def _quantized(target: Target, backend: str | None, device: torch.device | str | None) -> nn.Module:

@@ -57,6 +57,8 @@ class Rules:
 
 def parse(format: Choice | Mapping[str, Choice], ignore: str | Iterable[str]) -> Rules:
     """Raises ValueError for an unknown format (it lists the known ones), a bad regular expression, a wrong type."""
+    if not isinstance(ignore, Iterable):
+        raise ValueError(f"ignore is a pattern or several, got {ignore!r}")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     given = dict(format) if isinstance(format, Mapping) else dict.fromkeys(CLASSES, format)
     if not isinstance(format, Mapping) and format is None:

@@ -70,6 +70,8 @@ def places(model: nn.Module) -> list[Place]:
 
 def check_not_compiled(model: nn.Module) -> None:
     """Raises ValueError for a compiled model: its graphs would keep running the modules they were made from."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be an nn.Module, got {type(model).__name__}")
     for name, m in model.named_modules():
         if "_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None:
             raise ValueError(f"{name or 'the model'} is compiled ({type(m).__name__}): quantize first, then compile")

@@ -145,6 +145,17 @@ def test_from_float_errors():
         QuantizedExperts.from_float(up, down, activation="sin")
     with pytest.raises(ValueError, match="both biases or neither"):
         QuantizedExperts.from_float(up, down, down_bias=torch.zeros(4, 64))
+    for wrong in ({"gate_up_bias": torch.zeros(4, 3)}, {"down_bias": torch.zeros(64)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            biases = {"gate_up_bias": torch.zeros(4, 64), "down_bias": torch.zeros(4, 64)}
+            QuantizedExperts.from_float(up, down, **biases | wrong)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        QuantizedExperts.from_float(up, down, backend="cuda")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        QuantizedLinear.from_float(nn.Linear(64, 64), backend="cuda")
+    for module in (nn.Conv2d(3, 3, 1), QuantizedLinear.from_float(nn.Linear(64, 64))):
+        with pytest.raises(ValueError, match=f"takes a float nn.Linear, got {type(module).__name__}"):
+            QuantizedLinear.from_float(module)
     with pytest.raises(ValueError, match="no float class"):
         dequantize_(nn.Sequential(QuantizedExperts.from_float(up, down)))
 

@@ -48,9 +48,13 @@ def test_refuses_bad_arguments():
     refused(ToyModel(), "lm_head.* is always left in float: output head", {"lm_head": "fp8"})
     refused(ToyModel(), "unknown backend 'cuda'; known: auto", "fp8", backend="cuda")
     refused(ToyModel(), "meta device", "fp8", device="meta")
+    refused(ToyModel(), "cannot use device 'gpu'", "fp8", device="gpu")
+    refused(ToyModel(), "cannot use device 'cuda:99'", "fp8", device="cuda:99")
+    refused(ToyModel(), "ignore is a pattern or several, got None", "fp8", ignore=None)
     refused(ToyModel(), "a format is a name", {"linear": 8})
-    with pytest.raises(ValueError, match=r"takes an nn.Module, got dict"):
-        quantize_({}, "fp8")
+    for call in (quantize_, dequantize_):
+        with pytest.raises(ValueError, match=r"must be an nn.Module, got dict"):
+            call({})
 
 
 def test_refuses_non_finite_weights_by_name():
