@@ -106,13 +106,16 @@ class QuantizedModule(nn.Module):
         return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        hint = "load float weights before quantize_, or dequantize_ first"
+        if not self.quantization.quantized:
+            hint = "codes load into a model that was quantized to their format"
         wrong = [
             f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {getattr(self, name).dtype}"
-            f" ({self.format}): load float weights before quantize_, or dequantize_ first"
+            f" ({self.format}): {hint}"
             for name in self.weight_names()
-            if self.quantization.quantized
-            and prefix + name in state_dict
+            if prefix + name in state_dict
             and state_dict[prefix + name].dtype != getattr(self, name).dtype
+            and (self.quantization.quantized or state_dict[prefix + name].element_size() == 1)
         ]
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale

@@ -241,6 +241,10 @@ def test_state_dict():
     with pytest.raises(RuntimeError, match=r"gate_up_proj is torch.float32, this module stores torch.float8_e4m3fn"):
         other.load_state_dict(ToyModel().state_dict(), strict=False)
     assert same(other.layers[0]["mlp"].experts, before.layers[0]["mlp"].experts)
+    plain = quantize_(ToyModel(), "bf16")
+    with pytest.raises(RuntimeError, match=r"gate_up_proj is torch.float8_e4m3fn.*\(bf16\): codes load into"):
+        plain.load_state_dict(model.state_dict(), strict=False)
+    plain.bfloat16().load_state_dict(quantize_(ToyModel(), "bf16").state_dict())  # floats are cast, as usual
 
 
 @torch.no_grad()
