@@ -193,6 +193,23 @@ def test_routing_ops(device):
         torch.testing.assert_close(got.grad.cpu(), want.grad.cpu())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_second_gradient_is_refused():
+    layer = Layer("fp8", 3, 16, 8, activation="relu2", gated=False)
+    x, ids, weights = inputs(4, 16, 2, 3)
+    (x,) = leaves(x)
+    out = OPS.experts(x, ids, weights, *layer.tensors(), **layer.options())
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="experts_backward is itself a gradient"):
+        grad.sum().backward()
+    offsets, up = OPS.sort_by_expert(ids, 3)[1], layer.up
+    rows = x.repeat(2, 1)
+    out = OPS.grouped_mm(rows, up.qdata, offsets, up.scale, format="fp8")
+    (grad,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
+    with pytest.raises(NotImplementedError, match="grouped_mm_backward is itself a gradient"):
+        grad.sum().backward()
+
+
 def test_weights_and_codes_have_no_gradient():
     layer = Layer("bf16", 3, 16, 8)
     x, ids, weights = inputs(4, 16, 2, 3)

@@ -11,7 +11,7 @@ from ..activation import Gate
 from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
 from .grouped_mm import _problem, check_floats, check_invariant, check_weight, make_gate
-from .library import define, gradient, needs_grad
+from .library import define, gradient, needs_grad, no_gradient
 
 _TENSORS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
@@ -140,3 +140,4 @@ define(
     experts_backward, _backward_fake,
 )  # fmt: skip
 gradient("experts", _setup, _backward)
+no_gradient("experts_backward")

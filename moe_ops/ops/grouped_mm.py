@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activation import Gate, resolve_activation
 from ..backends.base import FLOATS, Problem, Rows, Weight, arch_of, select
 from ..formats import FORMATS, Format
-from .library import define, gradient, needs_grad
+from .library import define, gradient, needs_grad, no_gradient
 
 _WEIGHT = (
     "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, "
@@ -226,3 +226,4 @@ define(
     grouped_mm_backward, _backward_fake,
 )  # fmt: skip
 gradient("grouped_mm", _setup, _backward)
+no_gradient("grouped_mm_backward")

@@ -36,6 +36,15 @@ def gradient(name: str, setup_context: Callable, backward: Callable) -> None:
     torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def no_gradient(name: str) -> None:
+    """For an op that is itself a gradient: to differentiate it again is an error, not torch's warning and a guess."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"moe_ops::{name} is itself a gradient: it has no second one")
+
+    gradient(name, lambda ctx, inputs, output, keyword_only_inputs=None: None, backward)
+
+
 def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
     """`ctx.needs_input_grad` of `count` inputs: it is shorter when a call left the last ones at their defaults."""
     return (*ctx.needs_input_grad, *[False] * count)[:count]
