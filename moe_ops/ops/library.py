@@ -11,10 +11,10 @@ import torch
 LIBRARY = torch.library.Library("moe_ops", "DEF")
 
 
-def define(schema: str, impl: Callable, fake: Callable, *, tags: tuple[torch.Tag, ...] = ()) -> None:
+def define(schema: str, impl: Callable, fake: Callable) -> None:
     """One implementation for every device: it asks `select` for the backend. Inputs keep their strides."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
 
     def traced(*args: Any, **kwargs: Any) -> Any:
