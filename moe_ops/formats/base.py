@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .packing import pack, unpack
+
 
 @dataclass(frozen=True, kw_only=True)
 class Element:
     """One stored number.
 
-    `encode` maps finite fp32 values to codes (nearest, ties to even, saturating at `max`); `decode` maps codes to fp32.
-    `storage` is the dtype of the codes in memory; None means that the tensor keeps its own floating dtype.
+    `encode` maps finite fp32 values to codes, one each (nearest, ties to even, saturating); `decode` maps codes to fp32.
+    `max` is what the largest magnitude of a block is divided by. `storage` is the dtype of the codes in memory, packed
+    if they have less than 8 bits; None means that the tensor keeps its own floating dtype.
     """
 
     name: str
@@ -34,7 +37,10 @@ class Element:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Plain tensors: value = decode(qdata) * scale (* global_scale), each scale spread over its block of `codec`."""
+    """Plain tensors: value = decode(qdata) * scale (* global_scale), each scale spread over its block of `codec`.
+
+    qdata (..., N, K), or (..., N, K * bits / 8) bytes of packed codes; global_scale (...,), one for each matrix.
+    """
 
     qdata: Tensor
     scale: Tensor | None
@@ -51,6 +57,8 @@ class Codec:
 
     `block` = (BN, BK), 0 for a whole axis, None for no scale at all. The scale has shape (..., ceil(N/BN), ceil(K/BK)),
     extent 1 along a whole axis; one scale for the whole matrix has shape (...,). Blocks may be partial at the edges.
+    With a `global_scale` g = max |x| / (element.max * max of scale_dtype), one fp32 number for each matrix, the scale
+    that is stored is scale_rule(...) / g, and what codes are multiplied by is the product of both.
     """
 
     name: str
@@ -60,30 +68,68 @@ class Codec:
     scale_rule: Callable[[Tensor, Element], Tensor] | None = None
     global_scale: bool = False
 
+    @property
+    def packed(self) -> bool:
+        return self.element.bits < 8
+
+    def stored(self, k: int) -> int:
+        """Extent of K as it is stored."""
+        return k * self.element.bits // 8 if self.packed else k
+
+    def columns(self, stored: int) -> int:
+        """Inverse of `stored`."""
+        return stored * 8 // self.element.bits if self.packed else stored
+
     def check(self, n: int, k: int) -> str | None:
         """Why an (n, k) matrix cannot be stored, or None. Packed codes and their groups fill whole bytes along K."""
-        group = self.block[1] if self.block else 0
-        if self.element.bits < 8 and k % max(group, 8):
+        group = max(self.block[1] if self.block else 0, 8)
+        if self.packed and k % group:
             return f"{self.name} packs {self.element.bits}-bit codes in groups of {group}: {k} is not a multiple of it"
         return None
 
-    def quantize(self, x: Tensor, scale: Tensor | None = None) -> QuantizedTensor:
-        """x (..., N, K), any float dtype, computed in fp32. `scale` (the codec's scale shape) skips the max: static."""
+    def quantize(self, x: Tensor, scale: Tensor | None = None, global_scale: Tensor | None = None) -> QuantizedTensor:
+        """x (..., N, K), any float dtype, computed in fp32. Scales that are given are used as they are: static."""
         if self.block is None:
             return QuantizedTensor(x, None, None, None, self)
         xf = x.float()
+        if self.global_scale and global_scale is None:
+            global_scale = self._global(xf)
         if scale is None:
-            assert self.scale_rule is not None
-            scale = self.scale_rule(self._amax(xf), self.element).to(self.scale_dtype)
+            scale = self._scale(xf, global_scale)
         spread = self.spread(scale.float(), x.shape[-2], x.shape[-1])
-        return QuantizedTensor(self.element.encode(xf / spread), scale, None, None, self)
+        if global_scale is not None:
+            spread = spread * global_scale[..., None, None]
+        quotient = xf / spread
+        codes = self.element.encode(quotient if global_scale is None else torch.where(spread == 0, 0.0, quotient))
+        return QuantizedTensor(self._pack(codes), scale, None, global_scale, self)
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(..., N, K) in `dtype`: one fp32 product, one cast."""
+        """(..., N, K) in `dtype`: fp32 products, one cast."""
         if self.block is None or q.scale is None:
             return q.qdata.to(dtype)
-        values = self.element.decode(q.qdata)
-        return (values * self.spread(q.scale.float(), values.shape[-2], values.shape[-1])).to(dtype)
+        values = self.decode(q.qdata)
+        values = values * self.spread(q.scale.float(), values.shape[-2], values.shape[-1])
+        return (values if q.global_scale is None else values * q.global_scale[..., None, None]).to(dtype)
+
+    def decode(self, qdata: Tensor) -> Tensor:
+        """Codes as they are stored -> their values (..., K) in fp32, without any scale."""
+        return self.element.decode(unpack(qdata, self.element.bits) if self.packed else qdata)
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return pack(codes, self.element.bits) if self.packed else codes
+
+    def _global(self, x: Tensor) -> Tensor:
+        """amax / (element.max * the largest scale) of each matrix; 1 for zeros."""
+        amax = x.abs().amax((-2, -1)) if x.shape[-2] and x.shape[-1] else x.new_zeros(x.shape[:-2])
+        g = amax / amax.new_full((), self.element.max * torch.finfo(self.scale_dtype).max)
+        return torch.where(g == 0, torch.ones_like(g), g)
+
+    def _scale(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+        assert self.scale_rule is not None
+        scale = self.scale_rule(self._amax(x), self.element)
+        if global_scale is not None:  # the cast rounds to the nearest; the clamp keeps what it does beyond the largest
+            scale = (scale / global_scale[..., None, None]).clamp(max=torch.finfo(self.scale_dtype).max)
+        return scale.to(self.scale_dtype)
 
     def spread(self, scale: Tensor, n: int, k: int) -> Tensor:
         """Scale of every element, as a tensor that broadcasts against (..., n, k)."""
@@ -148,7 +194,8 @@ class Formats(Mapping[str, Format]):
                 raise ValueError(f"another codec is registered as {codec.name!r}")
         self._codecs.update((codec.name, codec) for codec in codecs)
         self._listed[fmt.name] = fmt
-        self._activations[fmt.name] = as_activation or fmt.activation
+        if as_activation or fmt.activation or not fmt.quantized:
+            self._activations[fmt.name] = as_activation or fmt.activation
 
     def list_pair(self, name: str) -> None:
         """Let iteration give a pair too, so that every test over the formats covers it."""
@@ -173,6 +220,8 @@ class Formats(Mapping[str, Format]):
             return self._listed[name]
         weight, slash, activation = name.partition("/") if isinstance(name, str) else ("", "", "")
         if not slash or weight not in self._listed or activation not in self._activations:
+            if slash and weight in self._listed and activation in self._listed:
+                raise UnknownFormat(f"format {name!r}: {activation} is for weights only, it takes no activations")
             known = ", ".join(self._listed)
             raise UnknownFormat(f"unknown format {name!r}; known: {known}, or any pair weight/activation of them")
         if not self._listed[weight].quantized and self._activations[activation] is not None:
@@ -192,7 +241,8 @@ FORMATS = Formats()
 def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedTensor:
     """weight (E, S*N, K) -> codes and scales of S matrices per expert, quantized expert by expert (bounded memory).
 
-    No block straddles a shard: scale (E, S) for one scale per matrix, else (E, S * ceil(N/BN), ceil(K/BK)).
+    No block straddles a shard: scale (E, S) for one scale per matrix, else (E, S * ceil(N/BN), ceil(K/BK));
+    global_scale (E, S).
     """
     if codec.block is None:
         return codec.quantize(weight)
@@ -200,7 +250,8 @@ def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedT
     qdata = torch.stack([p.qdata.flatten(0, 1) for p in parts])
     scales = [p.scale for p in parts if p.scale is not None]
     scale = torch.stack([s if s.ndim == 1 else s.flatten(0, 1) for s in scales])
-    return QuantizedTensor(qdata, scale, None, None, codec)
+    globals_ = [p.global_scale for p in parts if p.global_scale is not None]
+    return QuantizedTensor(qdata, scale, None, torch.stack(globals_) if globals_ else None, codec)
 
 
 def dequantize_weight(q: QuantizedTensor, shards: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -208,5 +259,5 @@ def dequantize_weight(q: QuantizedTensor, shards: int = 1, dtype: torch.dtype = 
     if q.scale is None:
         return q.qdata.to(dtype)
     scale = q.scale if q.scale.ndim == 2 else q.scale.unflatten(1, (shards, -1))  # (E, S) or (E, S, N/BN, K/BK)
-    split = QuantizedTensor(q.qdata.unflatten(1, (shards, -1)), scale, None, None, q.codec)
+    split = QuantizedTensor(q.qdata.unflatten(1, (shards, -1)), scale, None, q.global_scale, q.codec)
     return q.codec.dequantize(split, dtype).flatten(1, 2)

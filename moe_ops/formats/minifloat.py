@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+
+from .base import Element
+
+
+def minifloat(
+    name: str, *, exponent_bits: int, mantissa_bits: int, bias: int | None = None, largest: float | None = None
+) -> Element:
+    """An element without NaN and infinities: by default IEEE's bias, and every code a number."""
+    bias = 2 ** (exponent_bits - 1) - 1 if bias is None else bias
+    largest = largest or (2.0 - 2.0**-mantissa_bits) * 2.0 ** (2**exponent_bits - 1 - bias)
+    fields = {"exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits, "bias": bias}
+    return Element(
+        name=name, bits=1 + exponent_bits + mantissa_bits, max=largest, storage=torch.uint8, **fields,
+        encode=partial(encode_minifloat, largest=largest, **fields), decode=partial(decode_minifloat, **fields),
+    )  # fmt: skip
 
 
 def encode_minifloat(x: Tensor, exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> Tensor:
     """fp32 -> uint8 codes, sign in the top bit: nearest, ties to even, |x| > largest saturates, -0 keeps its sign.
 
     With e = max(floor(log2 |x|), 1 - bias) the spacing is q = 2^(e - mantissa_bits), and the code of the magnitude is
-    (e + bias - 1) * 2^mantissa_bits + round(|x| / q): the carry of the rounding runs into the exponent by itself.
+    (e + bias - 1) * 2^mantissa_bits + round(|x| / q): the carry of the rounding runs into the exponent by itself. NaN,
+    which such a float does not have, becomes 0: the scale of its block carries it.
     """
-    magnitude = x.float().abs().clamp(max=largest)
+    x = torch.where(x.isnan(), 0.0, x.float())
+    magnitude = x.abs().clamp(max=largest)
     exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=1 - bias)
     spacing = ((exponent - mantissa_bits + 127) << 23).view(torch.float32)
     steps = torch.round(magnitude / spacing).to(torch.int32)
