@@ -5,6 +5,7 @@ Letters: N output channels, K contraction, BN and BK block sizes, S shards (gate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,9 +20,9 @@ from .packing import pack, unpack
 class Element:
     """One stored number.
 
-    `encode` maps finite fp32 values to codes, one each (nearest, ties to even, saturating); `decode` maps codes to fp32.
-    `max` is what the largest magnitude of a block is divided by. `storage` is the dtype of the codes in memory, packed
-    if they have less than 8 bits; None means that the tensor keeps its own floating dtype.
+    `encode` maps finite fp32 values to codes, one each (nearest, ties to even, saturating); `decode` maps codes to
+    fp32. `max` is what the largest magnitude of a block is divided by. `storage` is the dtype of the codes in memory,
+    packed if they have less than 8 bits; None means that the tensor keeps its own floating dtype.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Codec:
 
     def check(self, n: int, k: int) -> str | None:
         """Why an (n, k) matrix cannot be stored, or None. Packed codes and their groups fill whole bytes along K."""
-        group = max(self.block[1] if self.block else 0, 8)
+        group = math.lcm(self.block[1] if self.block and self.block[1] else 1, 8)
         if self.packed and k % group:
             return f"{self.name} packs {self.element.bits}-bit codes in groups of {group}: {k} is not a multiple of it"
         return None
@@ -99,8 +100,8 @@ class Codec:
         spread = self.spread(scale.float(), x.shape[-2], x.shape[-1])
         if global_scale is not None:
             spread = spread * global_scale[..., None, None]
-        quotient = xf / spread
-        codes = self.element.encode(quotient if global_scale is None else torch.where(spread == 0, 0.0, quotient))
+        # Zero where a group's scale rounded to it, and where a mode that flushes subnormals makes it of 2^-127.
+        codes = self.element.encode(torch.where(spread == 0, 0.0, xf / spread))
         return QuantizedTensor(self._pack(codes), scale, None, global_scale, self)
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

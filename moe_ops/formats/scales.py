@@ -6,6 +6,8 @@ wrong one ulp above a power of two, and the cast to e8m0 rounds to the nearest.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,9 @@ def ratio(amax: Tensor, element: Element) -> Tensor:
 
 def rceil(amax: Tensor, element: Element) -> Tensor:
     """2^ceil(log2(amax / element.max)): the least that saturates nothing (NVIDIA's rule)."""
-    q = ratio(amax, element)
-    byte = (q.view(torch.int32) + 0x7FFFFF) >> 23
-    return _e8m0(torch.where(q <= 2.0**-127, 0, byte), amax)
+    byte = (ratio(amax, element).view(torch.int32) + 0x7FFFFF) >> 23
+    least = amax <= element.max * 2.0**-127  # not of the quotient: it is subnormal there, and rounds
+    return _e8m0(torch.where(least, 0, byte), amax)
 
 
 def even(amax: Tensor, element: Element) -> Tensor:
@@ -46,7 +48,7 @@ def floor(amax: Tensor, element: Element) -> Tensor:
 
 
 def _floor(amax: Tensor, element: Element, add: int) -> Tensor:
-    emax = torch.tensor(element.max).log2().floor().int().item()
+    emax = math.floor(math.log2(element.max))
     return _e8m0((((amax.view(torch.int32) + add) & _EXPONENT) >> 23) - emax, amax)
 
 
