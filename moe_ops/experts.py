@@ -16,7 +16,7 @@ from .activation import Gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, quantize_weight
-from .storage import PARTS, QuantizedModule, carry_over
+from .storage import PARTS, QuantizedModule, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec")
 
@@ -89,7 +89,7 @@ class QuantizedExperts(QuantizedModule):
         if num_experts != getattr(self, spec.up).shape[0]:  # a shard: its first num_experts are its own
             topk_ids = torch.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1)
         x = hidden.reshape(-1, spec.hidden_size)  # (T, H)
-        ids, weights = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)  # (T, A)
+        ids, weights = topk_ids.reshape(x.shape[0], top_k), topk_weights.reshape(x.shape[0], top_k)  # (T, A)
         fused = spec.gate is not None and spec.post_norm is None
         return (self._fused if fused else self._unfused)(x, ids, weights).view(hidden.shape)
 
@@ -110,6 +110,8 @@ class QuantizedExperts(QuantizedModule):
         """The same in parts: the module's own gate, on columns in its own order, and its post norm run between."""
         spec, num_experts, top_k = self.spec, getattr(self, self.spec.up).shape[0], ids.shape[1]
         backend, _ = resolve(self.backend)
+        if not top_k:  # nothing to combine
+            return torch.zeros_like(x)
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
         h = self._project(x, spec.up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
         if spec.gate is None:
@@ -134,7 +136,8 @@ class QuantizedExperts(QuantizedModule):
             if "rows_in" in rows:
                 x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
             owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
-            x, rows["x_scale"] = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec=codec.name)
+            x, rows["x_scale"], whole = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec=codec.name)
+            rows["x_global_scale"] = whole if codec.global_scale else None
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}
             rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
@@ -196,6 +199,14 @@ def restore(module: QuantizedExperts) -> nn.Module:
     return new
 
 
+def cannot_take(spec: ExpertsSpec, fmt: Format) -> str | None:
+    """Why the experts cannot be stored in the format, None if they can."""
+    for name, shards, n, k in spec.matrices:
+        if reason := fmt.check(n, k):
+            return f"{name} {(spec.num_experts, shards * n, k)} does not fit format {fmt.name!r}: {reason}"
+    return None
+
+
 @cache
 def _swapped_class(original: Any) -> type[QuantizedExperts]:
     return type(f"Quantized{original.__name__}", (QuantizedExperts, original), {"original_class": original})
@@ -211,11 +222,10 @@ def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | 
     """Quantize the float weights that `new` holds, in place of them."""
     weight = new._parameters[spec.up]
     assert weight is not None
+    if reason := cannot_take(spec, fmt) or wrong_dtype(*(new._parameters[name] for name, *_ in spec.matrices)):
+        raise ValueError(reason)
     new.spec, new.format, new.backend, new.float_dtype = spec, fmt.name, backend, weight.dtype
-    for name, shards, n, k in spec.matrices:
-        reason = fmt.check(n, k)
-        if reason:
-            raise ValueError(f"{name}: {reason}")
+    for name, shards, _, _ in spec.matrices:
         weight = new._parameters[name]
         assert weight is not None
         new._put(name, _quantize(spec, name, weight, shards, fmt, device))

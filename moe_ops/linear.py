@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
-from .storage import PARTS, QuantizedModule, carry_over
+from .storage import PARTS, QuantizedModule, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "trainable")
 
@@ -30,9 +30,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             raise ValueError(f"from_float takes a float nn.Linear, got {type(linear).__name__}")
         check_backend(backend or "auto")
         fmt = FORMATS.resolve(format)
-        reason = fmt.check(linear.out_features, linear.in_features)
-        if reason:
-            raise ValueError(f"weight: {reason}")
+        if reason := cannot_take(linear, fmt) or wrong_dtype(linear.weight):
+            raise ValueError(reason)
         new = carry_over(linear, cls.__new__(cls))
         weight = linear.weight
         new.format, new.backend, new.float_dtype, new.trainable = fmt.name, backend, weight.dtype, weight.requires_grad
@@ -59,6 +58,14 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.format!r}, backend={self.backend or 'auto'!r}"
+
+
+def cannot_take(linear: nn.Linear, fmt: Format) -> str | None:
+    """Why the weight cannot be stored in the format, None if it can."""
+    n, k = linear.out_features, linear.in_features
+    if reason := fmt.check(n, k):
+        return f"weight {(n, k)} does not fit format {fmt.name!r}: {reason}"
+    return None
 
 
 def restore(module: QuantizedLinear) -> nn.Linear:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .backends.base import FLOATS
 from .formats import FORMATS, Format, QuantizedTensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -105,21 +106,36 @@ class QuantizedModule(nn.Module):
 
         return super()._apply(move, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        hint = "load float weights before quantize_, or dequantize_ first"
+    def _misread(self, name: str, mine: torch.dtype, given: torch.dtype) -> str | None:
+        """Why a tensor of type `given` cannot be copied into a parameter, which would cast it; None if it can."""
         if not self.quantization.quantized:
-            hint = "codes load into a model that was quantized to their format"
+            return "codes load into a model that was quantized to their format" if given.itemsize == 1 else None
+        if given == mine or (mine == torch.float32 and given in FLOATS):  # the latter keeps every value
+            return None
+        if name in self.weight_names():
+            return "load float weights before quantize_, or dequantize_ first"
+        if given == torch.uint8:
+            return f"view the bytes as {str(mine).removeprefix('torch.')}"
+        return "scales of another type belong to another format"
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        mine = {n: p for n, p in self._parameters.items() if p is not None and n in self._protected()}
         wrong = [
-            f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {getattr(self, name).dtype}"
-            f" ({self.format}): {hint}"
-            for name in self.weight_names()
-            if prefix + name in state_dict
-            and state_dict[prefix + name].dtype != getattr(self, name).dtype
-            and (self.quantization.quantized or state_dict[prefix + name].element_size() == 1)
+            f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {p.dtype} ({self.format}): {hint}"
+            for name, p in mine.items()
+            if prefix + name in state_dict and (hint := self._misread(name, p.dtype, state_dict[prefix + name].dtype))
         ]
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def wrong_dtype(*weights: Tensor | None) -> str | None:
+    """Why weights of such a type are not quantized, None for those of a type that ops compute in."""
+    for w in weights:
+        if w is not None and w.dtype not in FLOATS:
+            return f"its weights are {w.dtype}: ops compute in {', '.join(map(str, FLOATS))}, cast the model first"
+    return None
 
 
 def _plain(p: nn.Parameter | None) -> nn.Parameter | _Codes | None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import experts, linear
 from .adapters import CannotAdapt, ExpertsSpec, read
 from .experts import QuantizedExperts
 from .formats import Format
 from .rules import Rules
-from .storage import QuantizedModule
+from .storage import QuantizedModule, wrong_dtype
 from .summary import Row
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -202,14 +203,13 @@ def _take_experts(found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, st
     if picked.format is None:
         found.leave(place, "experts", picked.note)
         return
-    for name, _, n, k in spec.matrices:
-        reason = picked.format.check(n, k)
-        if reason:
-            _refuse_experts(found, place, f"{name}: {reason}", rules, strict)
-            return
-    problem = _unusable(place.module)
-    if problem:
+    weights = [place.module._parameters.get(name) for name, *_ in spec.matrices]
+    if reason := experts.cannot_take(spec, picked.format):
+        _refuse_experts(found, place, reason, rules, strict)
+    elif problem := _unusable(place.module):
         found.problems.append(f"{place.name or 'the model'} {problem}")
+    elif reason := wrong_dtype(*weights):
+        _refuse_experts(found, place, reason, rules, strict)
     else:
         found.targets.append(Target(place.module, place.names, place.parents, picked.format, spec))
 
@@ -241,10 +241,12 @@ def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> 
         found.leave(place, kind, f"{n} x {k} is not a multiple of {_MULTIPLE}")
     elif not isinstance(m._parameters.get("weight"), nn.Parameter):  # weight_norm, spectral_norm, prune
         found.leave(place, kind, f"its weight is computed, from {', '.join(m._parameters)}")
-    elif reason := picked.format.check(n, k) or _read_by_parent(place):
+    elif reason := linear.cannot_take(m, picked.format) or _read_by_parent(place):
         found.leave(place, kind, reason)
     elif problem := _unusable(m):
         found.problems.append(f"{place.name or 'the model'} {problem}")
+    elif reason := wrong_dtype(m.weight):
+        found.leave(place, kind, reason)
     else:
         found.targets.append(Target(m, place.names, place.parents, picked.format))
 

@@ -48,11 +48,25 @@ class Impl:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """Rows of activations (M, K): floats, or codes as they are stored, with their scales.
+
+    scale: one value, (M, 1), or (M, ceil(K / group)). global_scale (M, 1): every row is a matrix of its own.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Weight:
     """One projection of every expert: (E, N, K), `shards` matrices above each other (gate and up: 2).
 
-    `interleaved`: the rows, their bias and per-row scales alternate gate and up (scales of larger blocks do not: gate's
-    come first). Products come out gate first all the same, and a transposed product takes them so.
+    K is stored in codec.stored(K) bytes where codes are packed. global_scale is (E, shards).
+
+    `interleaved`: the rows, their bias and per-row scales (of groups of K too) alternate gate and up; scales of larger
+    blocks do not: gate's come first. Products come out gate first all the same, and a transposed product takes them so.
     """
 
     qdata: Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import routing
 from ..activation import Gate, activation_grad, interleave, run_gate
 from ..formats import Codec, Format
-from .base import Impl, Problem, Rows, Weight, register
+from .base import Impl, Operand, Problem, Rows, Weight, register
 
 
 def experts(
@@ -38,33 +38,29 @@ def experts(
 
 
 def _project(parts: Any, x: Tensor, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, invariant: bool) -> Tensor:
-    return grouped_mm(parts, x, None, w, rows, gate, fmt, out_dtype=x.dtype, batch_invariant=invariant)
+    return grouped_mm(parts, Operand(x), w, rows, gate, fmt, out_dtype=x.dtype, batch_invariant=invariant)
 
 
 def grouped_mm(
-    parts: Any, x: Tensor, x_scale: Tensor | None, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
+    parts: Any, x: Operand, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """The part `grouped_mm`, with x quantized first if the format says so and it is not: a gradient never is."""
-    if x_scale is None and not transpose:
-        x, x_scale, rows = quantize_rows(parts, x, w, rows, fmt.activation)
-    return parts.grouped_mm(x, x_scale, w, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose,
+    if x.scale is None and not transpose and fmt.activation is not None:
+        x, rows = quantize_rows(parts, x.data, w, rows, fmt.activation)
+    return parts.grouped_mm(x, w, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose,
                             batch_invariant=batch_invariant)  # fmt: skip
 
 
-def quantize_rows(
-    parts: Any, x: Tensor, w: Weight, rows: Rows, codec: Codec | None
-) -> tuple[Tensor, Tensor | None, Rows]:
-    """Codes, scale and where their rows are now. A static scale is its expert's, so it follows the gather."""
-    if codec is None:
-        return x, None, rows
+def quantize_rows(parts: Any, x: Tensor, w: Weight, rows: Rows, codec: Codec) -> tuple[Operand, Rows]:
+    """Codes, and where their rows are now. A static scale is its expert's, so it follows the gather."""
     if w.input_scale is not None:
         if rows.read is not None:
             x, rows = routing.permute(x, rows.read, rows.top_k), Rows(rows.offsets, None, rows.write, rows.weights)
-        return *parts.quantize(x, codec, _static_scale(x, w.input_scale.float(), rows)), rows
+        return parts.quantize(x, codec, _static_scale(x, w.input_scale.float(), rows)), rows
     if codec.block == (0, 0):
-        return *parts.quantize(x, codec, _matrix_scale(x, rows, codec)), rows
-    return *parts.quantize(x, codec), rows
+        return parts.quantize(x, codec, _matrix_scale(x, rows, codec)), rows
+    return parts.quantize(x, codec), rows
 
 
 def _static_scale(x: Tensor, input_scale: Tensor, rows: Rows) -> Tensor:
@@ -115,18 +111,18 @@ def experts_backward(
     grad_weights = x.new_empty(0)
     if need[1] and not router_weight_on_input:
         h = run_gate(gate, pre)
-        y = grouped_mm(parts, h, None, down, sorted_rows, None, fmt, out_dtype=torch.float32)  # (R, H)
+        y = grouped_mm(parts, Operand(h), down, sorted_rows, None, fmt, out_dtype=torch.float32)  # (R, H)
         grad_weights = _row_dots(grad_rows, y, offsets)
     if not router_weight_on_input:
         grad_rows = (grad_rows.float() * weights[:, None]).to(x.dtype)
     grad_down_bias = _bias_grad(grad_rows, offsets, down) if need[3] else x.new_empty(0)
     back = {"out_dtype": x.dtype, "transpose": True}
-    grad_h = parts.grouped_mm(grad_rows, None, down, sorted_rows, None, fmt, **back)  # (R, I)
+    grad_h = parts.grouped_mm(Operand(grad_rows), down, sorted_rows, None, fmt, **back)  # (R, I)
     grad_pre = activation_grad(gate, pre, grad_h)
     grad_up_bias = _bias_grad(grad_pre, offsets, up) if need[2] else x.new_empty(0)
     if not need[0] and not (need[1] and router_weight_on_input):
         return x.new_empty(0), _to_slots(grad_weights, order, topk_weights), grad_up_bias, grad_down_bias
-    grad_x = parts.grouped_mm(grad_pre, None, up, sorted_rows, None, fmt, **back)  # (R, H)
+    grad_x = parts.grouped_mm(Operand(grad_pre), up, sorted_rows, None, fmt, **back)  # (R, H)
     if router_weight_on_input:
         grad_weights = _row_dots(grad_x, x_rows, offsets) if need[1] else grad_weights
         grad_x = (grad_x.float() * weights[:, None]).to(x.dtype)
@@ -135,30 +131,30 @@ def experts_backward(
 
 
 def grouped_mm_backward(
-    parts: Any, grad: Tensor, x: Tensor, x_scale: Tensor | None, w: Weight, rows: Rows, gate: Gate | None, fmt: Format,
-    *, need: tuple[bool, bool, bool] = (True, True, True),
+    parts: Any, grad: Tensor, x: Operand, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
+    need: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (its own shape), bias (E, N) and the row weights; those not needed are empty."""
+    """Gradients of x (its rows, of K numbers), bias (E, N) and the row weights; those not needed are empty."""
     dtype, empty = grad.dtype, grad.new_empty(0)
     plain = Rows(rows.offsets, rows.read, None, None, rows.top_k)  # sorted rows out
     grad_rows = grad if rows.write is None else grad.index_select(0, rows.write)  # (R, N) sorted
     grad_weights = empty
     if rows.weights is not None:
         if need[2]:
-            y = grouped_mm(parts, x, x_scale, w, plain, gate, fmt, out_dtype=torch.float32)
+            y = grouped_mm(parts, x, w, plain, gate, fmt, out_dtype=torch.float32)
             grad_weights = _row_dots(grad_rows, y, rows.offsets)
             grad_weights = grad_weights if rows.write is None else routing.unpermute(grad_weights, rows.write)
         weights = rows.weights if rows.write is None else rows.weights[rows.write]
         grad_rows = (grad_rows.float() * weights[:, None]).to(dtype)
     if gate is not None:
-        pre = grouped_mm(parts, x, x_scale, w, plain, None, fmt, out_dtype=dtype)
+        pre = grouped_mm(parts, x, w, plain, None, fmt, out_dtype=dtype)
         grad_rows = activation_grad(gate, pre, grad_rows)
     grad_bias = _bias_grad(grad_rows, rows.offsets, w) if need[1] else empty
     if not need[0]:
         return empty, grad_bias, grad_weights
-    back = parts.grouped_mm(grad_rows, None, w, Rows(rows.offsets), None, fmt, out_dtype=dtype, transpose=True)
+    back = parts.grouped_mm(Operand(grad_rows), w, Rows(rows.offsets), None, fmt, out_dtype=dtype, transpose=True)
     if rows.read is not None:  # rows read more than once: summed in a fixed order
-        back = torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_put_(
+        back = grad.new_zeros(x.data.shape[0], back.shape[1], dtype=torch.float32).index_put_(
             ((rows.read // rows.top_k).long(),), back.float(), accumulate=True)  # fmt: skip
     return back.to(dtype), grad_bias, grad_weights
 

@@ -9,41 +9,48 @@ import torch
 from torch import Tensor
 
 from .. import routing
-from ..activation import Gate, deinterleave, run_gate
+from ..activation import Gate, run_gate
 from ..formats import Codec, Format, QuantizedTensor, dequantize_weight
 from . import compose
-from .base import Rows, Weight
+from .base import Operand, Rows, Weight
 
 
-def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (..., K) -> codes and scale. A given scale, the codec's shape or one per row (..., 1), makes it static."""
-    if scale is not None and scale.shape[-1:] == (1,):
-        return codec.element.encode(x.float() / scale), scale
-    q = codec.quantize(x if x.ndim > 1 else x[None], scale)
-    assert q.scale is not None
-    return q.qdata.view(x.shape), q.scale
+def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
+    """x (M, K) -> codes and scales. A scale that is given, one value or (M, 1), makes it static.
+
+    For a codec with a global scale that is the one given, and the scales of its groups stay dynamic.
+    """
+    if codec.global_scale:  # every row is a matrix of its own
+        given = None if scale is None else scale.float().reshape(-1).expand(x.shape[0])  # (M,)
+        q = codec.quantize(x[:, None], global_scale=given)  # (M, 1, K)
+        assert q.scale is not None and q.global_scale is not None
+        return Operand(q.qdata[:, 0], q.scale[:, 0], q.global_scale[:, None])
+    if scale is not None:
+        return Operand(codec.element.encode(x.float() / scale), scale)
+    q = codec.quantize(x)
+    return Operand(q.qdata, q.scale)
 
 
 def grouped_mm(
-    x: Tensor, x_scale: Tensor | None, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
+    x: Operand, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """out[write(i)] = weights[write(i)] * act(x[read(i)] W[e]^T + bias[e]) for the rows i of each expert e, else 0.
 
     The product and bias are fp32, one cast to `out_dtype` precedes the activation, one cast ends it.
     """
-    n, k = weight.qdata.shape[1:]
+    n, k = weight.qdata.shape[1], fmt.weight.columns(weight.qdata.shape[2])
     width = k if transpose else n // 2 if gate and gate.gated else n
-    num_rows = x.shape[0] if rows.read is None else rows.read.shape[0]
-    out = torch.zeros(num_rows, width, dtype=out_dtype, device=x.device)
+    num_rows = x.data.shape[0] if rows.read is None else rows.read.shape[0]
+    out = torch.zeros(num_rows, width, dtype=out_dtype, device=x.data.device)
     bounds = [0, num_rows] if rows.offsets is None else rows.offsets.tolist()
     for e in range(len(bounds) - 1):
         mine = slice(bounds[e], bounds[e + 1])
         if bounds[e] == bounds[e + 1]:
             continue
-        xe = _take(x, x_scale, fmt, mine if rows.read is None else rows.read[mine] // rows.top_k)
-        we, channel_scale, bias = _expert(weight, fmt, e)
-        with torch.autocast(x.device.type, enabled=False):
+        xe = _take(x, fmt.activation, mine if rows.read is None else rows.read[mine] // rows.top_k)
+        we, channel_scale, bias = _expert(weight, fmt.weight, e)
+        with torch.autocast(x.data.device.type, enabled=False):
             y = (xe * channel_scale) @ we if transpose else (xe @ we.T) * channel_scale  # (rows of e, width) fp32
         if bias is not None and not transpose:
             y = y + bias.float()
@@ -56,41 +63,45 @@ def grouped_mm(
     return out
 
 
-def _take(x: Tensor, x_scale: Tensor | None, fmt: Format, index: Tensor | slice) -> Tensor:
-    scale = x_scale[index] if x_scale is not None and x_scale.ndim > 1 else x_scale
-    return _values(x[index], scale, fmt)
-
-
-def _values(x: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
-    """fp32 values of activations: codes times scale, or x itself."""
+def _take(x: Operand, codec: Codec | None, index: Tensor | slice) -> Tensor:
+    """fp32 values of some rows: codes times scales, or the floats themselves."""
+    scale, whole = (t[index] if t is not None and t.ndim > 1 else t for t in (x.scale, x.global_scale))
     if scale is None:
-        return x.float()
-    assert fmt.activation is not None
-    if scale.ndim == 0 or scale.shape[-1] == 1:  # one scale per tensor or per row, whatever the codec's block
-        return fmt.activation.element.decode(x) * scale
-    return fmt.activation.dequantize(QuantizedTensor(x, scale, None, None, fmt.activation))
+        return x.data[index].float()
+    assert codec is not None
+    values, scale = codec.decode(x.data[index]), scale.float()
+    if scale.ndim and scale.shape[-1] > 1:  # else one for the tensor or for each row, whatever the codec's block
+        scale = codec.spread(scale, *values.shape)
+    values = values * scale
+    return values if whole is None else values * whole
 
 
-def _expert(w: Weight, fmt: Format, e: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
+def _expert(w: Weight, codec: Codec, e: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """One expert, gate rows first: matrix (N, K) in fp32, scale (N,) that multiplies its channels, bias (N,).
 
     A scale that changes along K is in the matrix; one that does not stays out of it, which costs N * K products less.
     """
-    codes, bias = w.qdata[e], w.bias[e] if w.bias is not None else None
-    scale = w.scale[e] if w.scale is not None else None
+    codes, scale, bias, whole = (None if t is None else t[e] for t in (w.qdata, w.scale, w.bias, w.global_scale))
+    assert codes is not None
     if w.interleaved:
-        codes = codes.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
-        bias = deinterleave(bias) if bias is not None else None
-        if scale is not None and fmt.weight.block is not None and fmt.weight.block[0] == 1:
-            scale = scale.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        codes, bias = _gate_first(codes), None if bias is None else _gate_first(bias)
+        if scale is not None and codec.block is not None and codec.block[0] == 1:
+            scale = _gate_first(scale)
     if scale is None:
         return codes.float(), 1.0, bias
+    rows = codes.shape[0] // w.shards
+    channels = 1.0 if whole is None else whole.float().repeat_interleave(rows)  # (S,) -> (N,)
     if scale.ndim == 1:  # (S,): one for each matrix
-        return fmt.weight.element.decode(codes), scale.float().repeat_interleave(codes.shape[0] // w.shards), bias
+        return codec.decode(codes), scale.float().repeat_interleave(rows) * channels, bias
     if scale.shape == (codes.shape[0], 1):
-        return fmt.weight.element.decode(codes), scale[:, 0].float(), bias
-    one = QuantizedTensor(codes[None], scale[None], None, None, fmt.weight)
-    return dequantize_weight(one, w.shards)[0], 1.0, bias
+        return codec.decode(codes), scale[:, 0].float() * channels, bias
+    one = QuantizedTensor(codes[None], scale[None], None, None, codec)
+    return dequantize_weight(one, w.shards)[0], channels, bias
+
+
+def _gate_first(t: Tensor) -> Tensor:
+    """Rows (2I, ...) that alternate gate and up -> gate's, then up's."""
+    return t.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
 
 class Parts:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import Gate
-from ..formats import Codec, Format
+from ..formats import FORMATS, Codec, Format
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
 from ..kernels.activation import ACTIVATIONS
@@ -23,7 +23,7 @@ from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS
 from ..kernels.grouped_mm import _grouped_mm_kernel, launch_grid, row_tiles, stride
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
 from . import compose
-from .base import Problem, Rows, Weight, arch_of, interpreted
+from .base import Operand, Problem, Rows, Weight, arch_of, interpreted
 
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Hopper's tensor core sums fp8 products in a short accumulator. Against float64 on the same codes the error of a bf16
@@ -38,7 +38,7 @@ def has_fp8(arch: int) -> bool:
     return arch >= 89 and not interpreted()
 
 
-def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     """x (M, K) -> codes and scale, to the bit those of the reference. A scale given is one per row (M, 1), or ()."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (bn, bk), native = codec.block or (0, 0), has_fp8(arch_of(x.device))
@@ -52,7 +52,7 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> tuple[Tens
     if x.numel():
         codes, encode = (q, ENCODE) if native else (q.view(torch.uint8), ENCODE_BITS)
         quantize_kernels.quantize(x, scale, codes, s, group, codec.element.max, encode[codec.element.name])
-    return q, s
+    return Operand(q, s)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,11 @@ def _config(plan: Plan, arch: int, rows: int, w: Weight, gated: bool, transpose:
 
 
 def grouped_mm(
-    x: Tensor, x_scale: Tensor | None, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
+    operand: Operand, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the reference's, in one launch."""
+    x, x_scale = operand.data, operand.scale
     x, arch = x if x.stride(-1) == 1 else x.contiguous(), arch_of(x.device)
     e, n, k = weight.qdata.shape
     gated = gate is not None and gate.gated
@@ -189,7 +190,16 @@ def supports(problem: Problem) -> bool | str:
         return f"needs sm_80 or newer, this is sm_{problem.arch}"
     if problem.dtype not in _TL and problem.dtype != torch.float8_e4m3fn:
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
-    return True
+    codecs = _codecs(problem)
+    missing = [c.name for c in codecs if c.packed or c.element.name not in DECODE or c.scale_dtype != torch.float32]
+    return f"has no kernel for {', '.join(missing)}" if missing else True
+
+
+def _codecs(problem: Problem) -> list[Codec]:
+    if problem.op == "quantize":
+        return [FORMATS.codec(problem.format)]
+    fmt = FORMATS[problem.format]
+    return [codec for codec in (fmt.weight, fmt.activation) if codec is not None]
 
 
 compose.register_all("triton", Parts, supports)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activation import Gate
 from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
-from .grouped_mm import _problem, check_floats, check_invariant, check_weight, make_gate
+from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight, make_gate
 from .library import define, gradient, needs_grad, no_gradient
 
 _TENSORS = (
@@ -32,14 +32,13 @@ def _weights(fmt: Format, tensors: tuple, gated: bool, interleaved: bool) -> tup
     w2 = Weight(down, s2, g2, z2, b2, i2)
     check_weight(fmt, w1, "gate_up_proj")
     check_weight(fmt, w2, "down_proj")
-    hidden, intermediate = up.shape[2], up.shape[1] // w1.shards
-    if up.shape[1] % w1.shards or tuple(down.shape) != (up.shape[0], hidden, intermediate):
-        raise ValueError(f"down_proj must be {(up.shape[0], hidden, intermediate)}, (E, H, I), for a gate_up_proj of "
-                         f"{tuple(up.shape)}{'' if gated else ' without gate'}; got {tuple(down.shape)}")  # fmt: skip
+    want = (up.shape[0], fmt.weight.columns(up.shape[2]), fmt.weight.stored(up.shape[1] // w1.shards))
+    if tuple(down.shape) != want:
+        axes = "(E, H, I in bytes)" if fmt.weight.packed else "(E, H, I)"
+        raise ValueError(f"down_proj must be {want}, {axes}, for a gate_up_proj of {tuple(up.shape)}"
+                         f"{'' if gated else ' without gate'}; got {tuple(down.shape)}")  # fmt: skip
     for name, scale in (("gate_up_proj_input_scale", i1), ("down_proj_input_scale", i2)):
-        if scale is not None and (scale.shape != (up.shape[0],) or fmt.activation is None):
-            raise ValueError(f"{name} must be ({up.shape[0]},) and needs a format with quantized activations; "
-                             f"got {tuple(scale.shape)} for {fmt.name!r}")  # fmt: skip
+        check_input_scale(fmt, scale, (up.shape[0],), name)
     return w1, w2
 
 
@@ -71,7 +70,7 @@ def experts(
     if gate.activation == "none":
         raise ValueError("experts needs an activation; grouped_mm runs without")
     up, down = _weights(fmt, _pad(tensors), gated, interleaved)
-    _check_tokens(x, topk_ids, topk_weights, up.qdata.shape[2])
+    _check_tokens(x, topk_ids, topk_weights, fmt.weight.columns(up.qdata.shape[2]))
     if batch_invariant:
         check_invariant(fmt, up, down)
     if not topk_ids.numel():

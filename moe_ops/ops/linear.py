@@ -1,4 +1,4 @@
-"""moe_ops::linear: x W^T + bias with one quantized matrix. M rows, N outputs, K contraction."""
+"""moe_ops::linear: x W^T + bias with one quantized matrix. M rows, N outputs, K contraction (bytes where packed)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import Rows, Weight, select
+from ..backends.base import Operand, Rows, Weight, select
 from ..formats import FORMATS
-from .grouped_mm import _problem, check_floats, check_invariant, check_weight
+from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight
 from .library import define, gradient, needs_grad
 
 _ROWS = Rows(None)
@@ -17,11 +17,10 @@ _ROWS = Rows(None)
 
 def _one_expert(weight: Tensor, scale: Tensor | None, global_scale: Tensor | None, zero_point: Tensor | None,
                 bias: Tensor | None, input_scale: Tensor | None) -> Weight:  # fmt: skip
-    """The matrix as the only expert: a leading dim of 1 on everything; a scale for all of it becomes (1, 1)."""
+    """The matrix as the only expert: a leading dim of 1 on everything; a number for all of it becomes (1, 1)."""
+    scale, global_scale = (t[None] if t is not None and not t.ndim else t for t in (scale, global_scale))
     tensors = (scale, global_scale, zero_point, bias, input_scale)
     scale, global_scale, zero_point, bias, input_scale = (None if t is None else t[None] for t in tensors)
-    if scale is not None and scale.ndim == 1:
-        scale = scale[None]
     return Weight(weight[None], scale, global_scale, zero_point, bias, input_scale)
 
 
@@ -30,24 +29,22 @@ def linear(
     weight_zero_point: Tensor | None = None, bias: Tensor | None = None, input_scale: Tensor | None = None, *,
     format: str, backend: str = "auto", batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x (..., K), weight (N, K) -> cast(x . W^T + bias) (..., N) in x's dtype; x quantized as the format says.
+    """x (..., K), weight (N, stored K) -> cast(x . W^T + bias) (..., N) in x's dtype; x quantized as the format says.
 
     input_scale: () for a static activation scale. Raises ValueError for shapes and scales that do not fit the format.
     """
     fmt = FORMATS[format]
-    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != fmt.weight.columns(weight.shape[1]):
         raise ValueError(f"x (..., K) and weight (N, K) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     check_floats(x)
-    if input_scale is not None and (fmt.activation is None or input_scale.numel() != 1):
-        raise ValueError("input_scale must be one value and needs a format with quantized activations; "
-                         f"got {tuple(input_scale.shape)} for {fmt.name!r}")  # fmt: skip
+    check_input_scale(fmt, input_scale, (), "input_scale")
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, bias, input_scale)
     check_weight(fmt, w)
     if batch_invariant:
         check_invariant(fmt, w)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     impl = select(_problem("grouped_mm", rows, w, fmt, None, batch_invariant), backend)
-    out = impl.fn(rows, None, w, _ROWS, None, fmt, out_dtype=x.dtype, batch_invariant=batch_invariant)
+    out = impl.fn(Operand(rows), w, _ROWS, None, fmt, out_dtype=x.dtype, batch_invariant=batch_invariant)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -64,12 +61,15 @@ def linear_backward(
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, None, None)
     rows = grad.reshape(-1, grad.shape[-1])  # (M, N)
     impl = select(_problem("grouped_mm", rows, w, fmt, None), backend)
-    out = impl.fn(rows, None, w, _ROWS, None, fmt, out_dtype=grad.dtype, transpose=True)
-    return out.view(*grad.shape[:-1], weight.shape[1])
+    out = impl.fn(Operand(rows), w, _ROWS, None, fmt, out_dtype=grad.dtype, transpose=True)
+    return out.view(*grad.shape[:-1], out.shape[1])
 
 
-def _backward_fake(grad: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+def _backward_fake(
+    grad: Tensor, weight: Tensor, weight_scale: Tensor | None, weight_global_scale: Tensor | None,
+    weight_zero_point: Tensor | None, format: str, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    return grad.new_empty(*grad.shape[:-1], FORMATS[format].weight.columns(weight.shape[1]))
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
