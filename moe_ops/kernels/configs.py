@@ -21,6 +21,7 @@ class Config:
     stages: int
     swap: bool = False  # weights first: they fill the 64 rows of a warp group's product
     group_m: int = 1  # row tiles that go through the columns together
+    short: int = 0  # the last rows of an expert, if no more than this, are a tile of this height
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,30 @@ HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
         2: Config(16, 128, 128, 8, 3, swap=True), 12: Config(16, 128, 64, 4, 3, swap=True),
         24: Config(32, 128, 64, 4, 3, swap=True), 72: Config(64, 256, 64, 4, 4),
-        200: Config(128, 256, 64, 8, 4, group_m=8), MANY: Config(128, 256, 64, 8, 3, group_m=16),
+        200: Config(128, 256, 64, 8, 4, group_m=8, short=64), MANY: Config(128, 256, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", gated=True): {
         12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
-        72: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8),
-        MANY: Config(128, 128, 64, 8, 3, group_m=16),
+        72: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8, short=64),
+        MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", decoded=True): {
         12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
-        72: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8),
+        72: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8, short=64),
     },
     Kind("bf16", decoded=True, gated=True): {
         12: Config(16, 64, 128, 4, 3, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
-        72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8),
+        72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8, short=64),
     },
     Kind("fp8"): {
         2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True),
         24: Config(32, 128, 128, 8, 3, swap=True), 72: Config(64, 128, 128, 4, 3, swap=True),
-        MANY: Config(128, 256, 128, 8, 4, group_m=16),
+        MANY: Config(128, 256, 128, 8, 4, group_m=16, short=64),
     },
     Kind("fp8", gated=True): {
         2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
         24: Config(32, 64, 128, 4, 4, swap=True), 72: Config(64, 128, 128, 8, 4),
-        MANY: Config(128, 128, 128, 8, 4, group_m=8),
+        MANY: Config(128, 128, 128, 8, 4, group_m=8, short=64),
     },
     Kind("fp8", gated=True, bias=True): {
         2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
@@ -94,12 +95,12 @@ HOPPER: dict[Kind, Table] = {
     Kind("fp8", promoted=True): {
         2: Config(16, 128, 128, 4, 4), 12: Config(16, 128, 128, 4, 3, swap=True),
         24: Config(32, 128, 128, 4, 3, swap=True), 72: Config(64, 128, 128, 4, 4),
-        200: Config(64, 128, 128, 4, 4, group_m=8), MANY: Config(128, 128, 128, 8, 4, group_m=16),
+        200: Config(64, 128, 128, 4, 4, group_m=8), MANY: Config(128, 128, 128, 8, 4, group_m=16, short=64),
     },
     Kind("fp8", promoted=True, gated=True): {
         12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
-        72: Config(64, 128, 128, 8, 4), 200: Config(128, 128, 128, 8, 3, group_m=8),
-        MANY: Config(128, 128, 128, 8, 3, group_m=16),
+        72: Config(64, 128, 128, 8, 4), 200: Config(128, 128, 128, 8, 3, group_m=8, short=64),
+        MANY: Config(128, 128, 128, 8, 3, group_m=16, short=64),
     },
     Kind("fp8", promoted=True, gated=True, bias=True): {
         12: Config(16, 64, 128, 4, 6, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),

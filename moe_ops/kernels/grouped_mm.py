@@ -26,28 +26,21 @@ def finish(acc, xs, ws_ptrs, bias_ptrs, SCALED: tl.constexpr, SWAP: tl.constexpr
 
 
 @triton.jit
-def _grouped_mm_kernel(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, offsets_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
-    num_rows, num_m, E, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
+def multiply(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first, end,
+    tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk,
     stride_be, stride_om,
     MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, UNIFORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
-    PROMOTE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
-    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
-    if first >= end:
-        return
+    """One tile: rows first.. of an expert, at most BLOCK_M of them, times BLOCK_N of its channels."""
     m = first + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = m < end
     m = tl.where(in_m, m, first)  # rows past the end repeat the first: loads stay inside, their results are dropped
-    if expert >= E:
-        zero_rows(out_ptr, write_ptr, first, tl.minimum(first + BLOCK_M, end), n, N, stride_om)
-        return
     to = m if write_ptr is None else tl.load(write_ptr + m)
 
     source = m if read_ptr is None else tl.load(read_ptr + m) // top_k
@@ -82,6 +75,37 @@ def _grouped_mm_kernel(
             acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
         acc = acc * along_m(tl.load(weights_ptr + to), SWAP)
     store_tile(out_ptr, acc, to, n, in_m, N, stride_om, SWAP)
+
+
+@triton.jit
+def _grouped_mm_kernel(
+    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, offsets_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
+    num_rows, num_m, E, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
+    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk,
+    stride_be, stride_om,
+    MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, UNIFORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
+    if first >= end:
+        return
+    if expert >= E:
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        zero_rows(out_ptr, write_ptr, first, tl.minimum(first + BLOCK_M, end), n, N, stride_om)
+        return
+    for TAIL in tl.static_range(1 + (SHORT > 0)):  # the last rows of an expert, if few: mostly empty tiles cost as much
+        if (end - first <= SHORT).to(tl.int32) == TAIL:
+            multiply(
+                x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first, end,
+                tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
+                stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
+                stride_wsk, stride_be, stride_om, MMA, DECODE_X, DECODE_W, ACT, GATED, SCALED, GROUP_N, GROUP_K,
+                UNIFORM, INTERLEAVED, EVEN_K, SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
+            )  # fmt: skip
 
 
 def row_tiles(num_rows: int, num_experts: int, block_m: int, has_offsets: bool) -> tuple[int, bool]:

@@ -72,7 +72,7 @@ def _scatter_kernel(
     ids = tl.where((ids < 0) | (ids > E), E, ids).to(tl.int32)
     same = (ids[:, None] == ids[None, :]) & (lane[None, :] < lane[:, None])  # (CHUNK, CHUNK), earlier ones
     rank = tl.sum(same.to(tl.int32), 1)
-    offset = tl.sum(tl.where(ids[:, None] > e[None, :], totals[None, :], 0), 1)
+    offset = tl.gather(offsets, ids, 0)
     before = tl.load(counts_ptr + ids * num_chunks + chunk, mask=r < R, other=0)
     tl.store(order_ptr + offset + before + rank, r, mask=r < R)
 
