@@ -136,7 +136,8 @@ GATES = {
     "gelu": {"activation": "gelu"},
 }
 TILES = {
-    "small": (16, 32, 32, 4, 2), "large": (64, 64, 64, 4, 2, False, 4), "swap": (16, 64, 64, 4, 2, True), "table": None,
+    "small": (16, 32, 32, 4, 2), "large": (64, 64, 64, 4, 2, False, 4), "swap": (16, 64, 64, 4, 2, True),
+    "short": (32, 64, 64, 4, 2, False, 1, 16), "table": None,
 }  # fmt: skip
 FACTORS = {
     "name": list(FORMATS), "tile": list(TILES), "gate": list(GATES), "bias": [True, False], "even_k": [True, False],

@@ -5,7 +5,7 @@ R sorted rows, E experts, N outputs, K contraction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -96,7 +96,8 @@ def _config(plan: Plan, arch: int, rows: int, w: Weight, gated: bool, transpose:
     if transpose:
         return choose(Kind(plan.mma, transposed=True), arch, per_expert)
     promoted = plan.scaled or plan.promote is not None
-    return choose(Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None), arch, per_expert)
+    config = choose(Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None), arch, per_expert)
+    return replace(config, short=0) if invariant else config
 
 
 def grouped_mm(
@@ -153,7 +154,7 @@ def _forward(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: 
         out.stride(0), MMA=plan.dot, DECODE_X=plan.decode_x, DECODE_W=plan.decode_w,
         ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=plan.scaled,
         GROUP_N=plan.group_n, GROUP_K=plan.group_k or 1, UNIFORM=uniform, EVEN_K=k % config.block_k == 0,
-        PROMOTE=plan.promote, **tiles,
+        PROMOTE=plan.promote, SHORT=config.short, **tiles,
     )  # fmt: skip
 
 
