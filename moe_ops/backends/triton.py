@@ -5,8 +5,10 @@ R sorted rows, E experts, N outputs, K contraction.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -14,14 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import Gate
-from ..formats import FORMATS, Codec, Format
+from ..formats import FORMATS, Codec, Element, Format
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.arrange import CHUNK, arrange
 from ..kernels.configs import Config, Kind, choose
-from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS
+from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
 from ..kernels.grouped_mm import _grouped_mm_kernel, launch_grid, row_tiles, stride
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
+from ..kernels.scales import RULES
 from . import compose
 from .base import Operand, Problem, Rows, Weight, arch_of, interpreted
 
@@ -39,139 +43,210 @@ def has_fp8(arch: int) -> bool:
 
 
 def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
-    """x (M, K) -> codes and scale, to the bit those of the reference. A scale given is one per row (M, 1), or ()."""
+    """x (M, K) -> codes and scales, to the bit those of the reference. A scale given is one per row (M, 1), or ()."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    (bn, bk), native = codec.block or (0, 0), has_fp8(arch_of(x.device))
+    (bn, bk), (m, k), native = codec.block or (0, 0), x.shape, has_fp8(arch_of(x.device))
+    assert codec.scale_rule is not None
     if scale is None and not bn:
-        assert codec.scale_rule is not None
         amax = x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32)
         scale = codec.scale_rule(amax, codec.element)
-    q = torch.empty(x.shape, dtype=codec.element.storage, device=x.device)
-    group = bk or max(x.shape[1], 1)
-    s = scale if scale is not None else x.new_empty(x.shape[0], -(-x.shape[1] // group), dtype=codec.scale_dtype)
+    q = torch.empty(m, codec.stored(k), dtype=codec.element.storage, device=x.device)
+    s, group = scale, bk or max(k, 1)
+    if s is None or codec.global_scale:
+        s = torch.empty(m, -(-k // group), dtype=codec.scale_dtype, device=x.device)
+    g = torch.empty(m, 1, dtype=torch.float32, device=x.device) if codec.global_scale else None
     if x.numel():
-        codes, encode = (q, ENCODE) if native else (q.view(torch.uint8), ENCODE_BITS)
-        quantize_kernels.quantize(x, scale, codes, s, group, codec.element.max, encode[codec.element.name])
-    return Operand(q, s)
+        encoders, element = ENCODE if native else ENCODE_BITS, codec.element
+        quantize_kernels.quantize(
+            x, scale, _bytes(q, native), _bytes(s, native), g, group, (*_bits(element), element.max), element.bits,
+            math.floor(math.log2(element.max)), torch.finfo(codec.scale_dtype).max if codec.global_scale else None,
+            encoders.get(element.name, to_minifloat), encoders["e4m3"], RULES[codec.scale_rule.__name__],
+        )  # fmt: skip
+    return Operand(q, s, g)
+
+
+def _bytes(t: Tensor, native: bool) -> Tensor:
+    """One-byte floats as bytes, where Triton does not have their type."""
+    known = not t.is_floating_point() or t.element_size() > 1 or (native and t.dtype == torch.float8_e4m3fn)
+    return t if known else t.view(torch.uint8)
+
+
+def _bits(element: Element) -> tuple[int, int, int]:
+    return element.exponent_bits, element.mantissa_bits, element.bias
 
 
 @dataclass(frozen=True)
 class Plan:
     """What the numerics of a product ask of the kernel."""
 
-    mma: str
+    mma: str  # the tensor core's type, as configurations name it
     dot: tl.dtype
-    decode_x: triton.JITFunction
-    decode_w: triton.JITFunction
-    bits: bool  # codes are passed as bytes
-    decoded: bool
-    scaled: bool
+    decode: triton.JITFunction  # of weights
+    native: bool  # Triton has e4m3
+    decoded: int  # bits of weights that become numbers in registers, or 0
+    codes_x: bool  # activations go in as their codes
+    fold: int  # scales of that many columns multiply weights in registers; else the product of a step along K
     promote: int | None
-    group_n: int
-    group_k: int
 
 
 @cache
-def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, scaled: bool, k: int, arch: int) -> Plan:
-    native = has_fp8(arch)
-    decode = DECODE if native else DECODE_BITS
-    block = fmt.weight.block or (1, 0)
-    decode_w = decode[fmt.weight.element.name]
-    decode_x = decode[fmt.activation.element.name] if quantized_x and fmt.activation else decode["bf16"]
-    if quantized_x and native:
-        mma, dot = "fp8", tl.float8e4nv
-    else:  # codes are exact in bf16; the interpreter multiplies in fp32
-        dot = tl.float32 if interpreted() else tl.bfloat16 if quantized_x else _TL[x_dtype]
-        mma = "fp32" if dot is tl.float32 else "bf16"
-    group_k = block[1] or (fmt.activation.block[1] if fmt.activation and fmt.activation.block else 0)
-    promote = _PROMOTE if mma == "fp8" and arch == 90 and k > _PROMOTE_ABOVE_K and not scaled else None
-    decoded = mma != "fp8" and fmt.weight.element.storage is not None
-    return Plan(mma, dot, decode_x, decode_w, not native, decoded, scaled, promote, block[0], group_k)
+def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, k: int, arch: int) -> Plan:
+    native, weight, act = has_fp8(arch), fmt.weight, fmt.activation if quantized_x else None
+    group, group_x = _group(weight), _group(act)
+    fold = group if group and (group % 128 or weight.element.bits == 4) else 0
+    alike = act is not None and act.element == weight.element and not fold and not group_x % 128
+    decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
+    if alike and native and weight.element.name == "e4m3":
+        promote = _PROMOTE if arch == 90 and k > _PROMOTE_ABOVE_K and not group and not group_x else None
+        return Plan("fp8", tl.float8e4nv, decode, native, 0, True, fold, promote)
+    if alike and weight.element.name == "int8" and not group and not group_x:
+        return Plan("int8", tl.int8, decode, native, 0, True, fold, None)
+    # codes are exact in bf16; the interpreter multiplies in fp32
+    dot = tl.float32 if interpreted() else tl.bfloat16 if act is not None else _TL[x_dtype]
+    decoded = 0 if weight.element.storage is None else weight.element.bits
+    return Plan("fp32" if dot is tl.float32 else "bf16", dot, decode, native, decoded, False, fold, None)
 
 
-def _config(plan: Plan, arch: int, rows: int, w: Weight, gated: bool, transpose: bool, invariant: bool) -> Config:
+def _group(codec: Codec | None) -> int:
+    """Columns that share a scale; 0 where it does not change along K."""
+    return codec.block[1] if codec is not None and codec.block else 0
+
+
+def _config(plan: Plan, arch: int, rows: int, w: Weight, scaled: bool, gated: bool, transpose: bool,
+            invariant: bool) -> Config:  # fmt: skip
     experts = w.qdata.shape[0]
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
     per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
     if transpose:
         return choose(Kind(plan.mma, transposed=True), arch, per_expert)
-    promoted = plan.scaled or plan.promote is not None
+    promoted = scaled or plan.promote is not None
     config = choose(Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None), arch, per_expert)
     return replace(config, short=0) if invariant else config
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Activations as the kernel takes them: numbers (M, K), scales along K, and one scale for each row."""
+
+    data: Tensor
+    along_k: Tensor | None
+    each: Tensor | None
+
+
+def _prepare(x: Operand, fmt: Format, plan: Plan, k: int) -> _Rows:
+    """Codes stay codes where the MMA takes them; else they become exact numbers, group scales below 128 included."""
+    data, codec = x.data if x.data.stride(-1) == 1 else x.data.contiguous(), fmt.activation
+    nibbles = plan.decoded == 4
+    if x.scale is None or codec is None:
+        return _Rows(_arranged(data, None, None, plan, k, data.dtype) if nibbles else data, None, None)
+    group = _group(codec)
+    inside = x.scale if group and group % 128 else None  # multiplied in, exact where it is a power of two or e4m3
+    outside = x.global_scale if codec.global_scale else None if inside is not None else x.scale
+    along_k = outside if outside is not None and outside.ndim == 2 and outside.shape[1] > 1 else None
+    if not plan.codes_x:
+        data = _arranged(data, inside, codec, plan, k, torch.float32 if interpreted() else torch.bfloat16)
+    return _Rows(data, along_k, None if along_k is not None else outside)
+
+
+def _arranged(x: Tensor, scale: Tensor | None, codec: Codec | None, plan: Plan, k: int, dtype: torch.dtype) -> Tensor:
+    """x (M, stored K) with its scales -> numbers (M, K), in the order of nibbles if weights are read so."""
+    width = -(-k // CHUNK) * CHUNK if plan.decoded == 4 else k
+    out = torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
+    decoders = DECODE if plan.native else DECODE_BITS
+    name, bits, element = ("bf16", 16, (0, 0, 0)) if codec is None else (
+        codec.element.name, codec.element.bits, _bits(codec.element))  # fmt: skip
+    if x.numel():
+        kind, scale = ("float32", None) if scale is None else (_kind(scale), _bytes(scale, plan.native))
+        arrange(_bytes(x, plan.native), scale, out, k, _group(codec) or 1, decoders.get(name, minifloat), element, bits,
+                kind, plan.decoded == 4)  # fmt: skip
+    return out
+
+
+_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bfloat16"}
+
+
+def _kind(scale: Tensor | None) -> str:
+    """How a stored scale is read: kernels/decode.py, `scale_value`."""
+    return "float32" if scale is None else _KINDS.get(scale.dtype, "float32")
 
 
 def grouped_mm(
     operand: Operand, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As the reference's, in one launch."""
-    x, x_scale = operand.data, operand.scale
-    x, arch = x if x.stride(-1) == 1 else x.contiguous(), arch_of(x.device)
-    e, n, k = weight.qdata.shape
+    """As the reference's: one launch, and one more that arranges activations where weights or codes ask for it."""
+    x, arch = operand.data, arch_of(operand.data.device)
+    (e, n), k = weight.qdata.shape[:2], fmt.weight.columns(weight.qdata.shape[2])
     gated = gate is not None and gate.gated
     width = k if transpose else n // 2 if gated else n
     num_rows = x.shape[0] if rows.read is None else rows.read.shape[0]
     out = torch.empty(num_rows, width, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
-    scaled = not transpose and (_varies(weight.scale, 3) or _varies(x_scale, 2))
-    plan = _plan(fmt, x.dtype, x_scale is not None, scaled, k, arch)
-    config = _config(plan, arch, num_rows, weight, gated, transpose, batch_invariant)
+    plan = _plan(fmt, x.dtype, operand.scale is not None, k, arch)
+    prepared = None if transpose else _prepare(operand, fmt, plan, k)
+    along_k = _group(fmt.weight) and not plan.fold
+    scaled = prepared is not None and bool(along_k or prepared.along_k is not None)
+    config = _config(plan, arch, num_rows, weight, scaled, gated, transpose, batch_invariant)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)
-    tiles = {"E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row, "BLOCK_M": config.block_m,
-             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,
-             "INTERLEAVED": weight.interleaved, "num_warps": config.warps, "num_stages": config.stages}  # fmt: skip
-    codes = weight.qdata.view(torch.uint8) if plan.bits and weight.qdata.element_size() == 1 else weight.qdata
-    run = _transposed if transpose else _forward
-    run(x, x_scale, codes, weight, rows, gate, out, plan, config, num_m, tiles)
+    common = {"ELEMENT": _bits(fmt.weight.element), "BITS": fmt.weight.element.bits, "KIND": _kind(weight.scale),
+              "DECODE": plan.decode, "E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row,
+              "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+              "GROUP_M": config.group_m, "SWAP": config.swap, "INTERLEAVED": weight.interleaved, "MMA": plan.dot,
+              "num_warps": config.warps, "num_stages": config.stages}  # fmt: skip
+    if prepared is None:
+        _transposed(x, weight, rows, fmt, out, plan, config, num_m, k, common)
+    else:
+        _forward(prepared, weight, rows, gate, fmt, out, plan, config, scaled, num_m, k, common)
     return out
 
 
-def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
-    """Of a weight's scale, per expert, row and group of K; (E, S) has no groups."""
-    return stride(scale, 0), stride(scale, 1), stride(scale, 2) if scale is not None and scale.ndim == 3 else 0
-
-
-def _varies(scale: Tensor | None, ndim: int) -> bool:
-    """Whether a scale changes along the contraction."""
-    return scale is not None and scale.ndim == ndim and scale.shape[-1] > 1
-
-
-def _forward(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: Rows, gate: Gate | None, out: Tensor,
-             plan: Plan, config: Config, num_m: int, tiles: dict) -> None:  # fmt: skip
-    (e, n_weight, k), n, s = codes.shape, out.shape[1], w.scale
+def _forward(x: _Rows, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, out: Tensor, plan: Plan, config: Config,
+             scaled: bool, num_m: int, k: int, common: dict) -> None:  # fmt: skip
+    (e, n_weight), n = w.qdata.shape[:2], out.shape[1]
+    nibbles, group_k, group_n = plan.decoded == 4, _group(fmt.weight), fmt.weight.block[0] if fmt.weight.block else 1
+    codes = w.qdata.view(torch.int32) if nibbles else _bytes(w.qdata, plan.native)
+    along_k, channel = (w.scale, w.global_scale) if group_k else (None, w.scale)
+    along_k = None if along_k is None else _bytes(along_k, plan.native)
+    channel_n = 1 if channel is not None and channel.ndim == 3 else 0
     shard_rows, gated = n_weight // w.shards, gate is not None and gate.gated
     inside_shard = w.shards == 1 or gated or shard_rows % config.block_n == 0
-    uniform = plan.scaled and inside_shard and plan.group_n % config.block_n == 0  # 0, a whole shard, included
+    uniform = scaled and bool(group_k) and inside_shard and group_n % config.block_n == 0  # 0, a whole shard, included
     numbers = (None, None, None) if gate is None else (gate.alpha, gate.beta, gate.limit)
-    up_row, up_scale_row = _up_rows(w, shard_rows, plan.group_n) if gated else (0, 0)
+    up, up_scale, up_channel = (_up(w, shard_rows, g) if gated else 0 for g in (1, group_n, channel_n))
     _grouped_mm_kernel[launch_grid(num_m, n, config.block_n)](
-        x.view(torch.uint8) if plan.bits and x.element_size() == 1 else x, x_scale, codes, s, w.bias, rows.offsets,
-        rows.read, rows.write, rows.weights, out, out.shape[0], num_m, e, n, k, shard_rows, rows.top_k, *numbers,
-        up_row * codes.stride(1), up_scale_row * stride(s, 1), up_row,
-        x.stride(0), 1, stride(x_scale, 0), stride(x_scale, -1), *codes.stride(), *_scale_strides(s),
-        n_weight if w.bias is not None else 0,
-        out.stride(0), MMA=plan.dot, DECODE_X=plan.decode_x, DECODE_W=plan.decode_w,
-        ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=plan.scaled,
-        GROUP_N=plan.group_n, GROUP_K=plan.group_k or 1, UNIFORM=uniform, EVEN_K=k % config.block_k == 0,
-        PROMOTE=plan.promote, SHORT=config.short, **tiles,
+        x.data, x.along_k, x.each, codes, along_k, channel, w.bias, rows.offsets, rows.read, rows.write, rows.weights,
+        out, out.shape[0], num_m, e, n, k, shard_rows, rows.top_k, *numbers,
+        up * codes.stride(1), up_scale * stride(along_k, 1), up_channel * stride(channel, 1), up,
+        x.data.stride(0), 1, stride(x.along_k, 0), stride(x.along_k, -1), stride(x.each, 0), *codes.stride(),
+        stride(along_k, 0), stride(along_k, 1), stride(along_k, 2), stride(channel, 0), stride(channel, 1),
+        n_weight if w.bias is not None else 0, out.stride(0),
+        ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=scaled, FOLD=plan.fold,
+        GROUP_N=group_n, GROUP_K=group_k or 1, GROUP_X=_group(fmt.activation) or 1, CHANNEL_N=channel_n,
+        UNIFORM=uniform, EVEN_K=k % (CHUNK if nibbles else config.block_k) == 0, PROMOTE=plan.promote,
+        SHORT=config.short, **common,
     )  # fmt: skip
 
 
-def _up_rows(w: Weight, shard_rows: int, group_n: int) -> tuple[int, int]:
-    """How many rows of the weight, and of its scale, up's channel lies behind gate's."""
-    row = 1 if w.interleaved else shard_rows
-    return row, row if group_n == 1 else triton.cdiv(shard_rows, group_n) if group_n else 1
+def _up(w: Weight, shard_rows: int, group_n: int) -> int:
+    """How many rows of a weight (group_n 1), or of its scales, up's channel lies behind gate's."""
+    if group_n == 1:
+        return 1 if w.interleaved else shard_rows
+    return triton.cdiv(shard_rows, group_n) if group_n else 1
 
 
-def _transposed(x: Tensor, x_scale: Tensor | None, codes: Tensor, w: Weight, rows: Rows, gate: Gate | None, out: Tensor,
-                plan: Plan, config: Config, num_m: int, tiles: dict) -> None:  # fmt: skip
+def _transposed(x: Tensor, w: Weight, rows: Rows, fmt: Format, out: Tensor, plan: Plan, config: Config, num_m: int,
+                k: int, common: dict) -> None:  # fmt: skip
     assert rows.read is None and rows.write is None and rows.weights is None, "gradients stay in sorted order"
-    (e, c, k), s = codes.shape, w.scale
+    x, (e, c), s = x if x.stride(-1) == 1 else x.contiguous(), w.qdata.shape[:2], w.scale
+    codes = _bytes(w.qdata.contiguous() if w.qdata.stride(-1) != 1 else w.qdata, plan.native)
+    g, last = w.global_scale, s is not None and s.ndim == 3
     _grouped_mm_transposed_kernel[launch_grid(num_m, k, config.block_n)](
-        x, codes, s, rows.offsets, out, out.shape[0], num_m, e, c, k, c // w.shards, x.stride(0),
-        *codes.stride(), *_scale_strides(s), out.stride(0), MMA=plan.dot, DECODE_W=plan.decode_w, GROUP_N=plan.group_n,
-        GROUP_K=plan.group_k if _varies(s, 3) else 0, EVEN_C=c % config.block_k == 0, **tiles,
+        x, codes, None if s is None else _bytes(s, plan.native), g, rows.offsets, out, out.shape[0], num_m, e, c, k,
+        c // w.shards, x.stride(0), codes.stride(0), codes.stride(1), stride(s, 0), stride(s, 1),
+        stride(s, 2) if last else 0, stride(g, 0), stride(g, 1), out.stride(0),
+        GROUP_N=fmt.weight.block[0] if fmt.weight.block else 1, GROUP_K=_group(fmt.weight),
+        EVEN_C=c % config.block_k == 0, **common,
     )  # fmt: skip
 
 
@@ -191,9 +266,21 @@ def supports(problem: Problem) -> bool | str:
         return f"needs sm_80 or newer, this is sm_{problem.arch}"
     if problem.dtype not in _TL and problem.dtype != torch.float8_e4m3fn:
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
-    codecs = _codecs(problem)
-    missing = [c.name for c in codecs if c.packed or c.element.name not in DECODE or c.scale_dtype != torch.float32]
-    return f"has no kernel for {', '.join(missing)}" if missing else True
+    missing = [reason for codec in _codecs(problem) if (reason := _missing(codec, problem.op == "quantize"))]
+    return "; ".join(missing) if missing else True
+
+
+def _missing(codec: Codec, encodes: bool) -> str | None:
+    """What a codec has that no kernel reads, or writes, if that is asked for."""
+    element, group, rule = codec.element, _group(codec), getattr(codec.scale_rule, "__name__", None)
+    described = element.exponent_bits > 0 and element.bits in (4, 6, 8) and element.storage == torch.uint8
+    if element.storage is not None and element.name not in DECODE and not described:
+        return f"has no decoder of {element.name}"
+    if group % 128 and (group < 8 or group & (group - 1)):
+        return f"groups of {group} columns are neither a power of two nor a multiple of 128"
+    if encodes and (rule not in RULES or not (element.name in ENCODE or described)):
+        return f"has no kernel that quantizes to {codec.name}"
+    return None
 
 
 def _codecs(problem: Problem) -> list[Codec]:

@@ -28,13 +28,13 @@ class Config:
 class Kind:
     """What a configuration depends on.
 
-    The MMA ("fp8", "bf16" for both halves, "fp32"); whether weights are decoded to it in registers; whether sums leave
-    the tensor core every K block, for scales or for precision; whether gate and up are computed together; whether there
-    is a bias (two more vectors of registers in the epilogue).
+    The MMA ("fp8", "int8", "bf16" for both halves, "fp32"); of how many bits weights are that become its type in
+    registers; whether sums leave the tensor core every K block, for scales or for precision; whether gate and up are
+    computed together; whether there is a bias (two more vectors of registers in the epilogue).
     """
 
     mma: str
-    decoded: bool = False
+    decoded: int = 0
     promoted: bool = False
     gated: bool = False
     bias: bool = False
@@ -57,6 +57,7 @@ SMALL: dict[Kind, Table] = {
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
     Kind("bf16", transposed=True): {16: Config(16, 64, 64, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
 }  # fmt: skip
+SMALL |= {Kind("int8", gated=gated): SMALL[Kind("fp8", gated=gated)] for gated in (False, True)}
 _SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True))
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
@@ -70,11 +71,11 @@ HOPPER: dict[Kind, Table] = {
         72: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8, short=64),
         MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
-    Kind("bf16", decoded=True): {
+    Kind("bf16", decoded=8): {
         12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
         72: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8, short=64),
     },
-    Kind("bf16", decoded=True, gated=True): {
+    Kind("bf16", decoded=8, gated=True): {
         12: Config(16, 64, 128, 4, 3, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
         72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8, short=64),
     },
@@ -114,8 +115,8 @@ _NARROW = Config(128, 64, 128, 8, 3, group_m=8)
 BLACKWELL: dict[Kind, Table] = {
     Kind("bf16"): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 128, 64, 8, 3, group_m=8)},
     Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
-    Kind("bf16", decoded=True): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
-    Kind("bf16", decoded=True, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", decoded=8): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", decoded=8, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", promoted=True): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
@@ -134,8 +135,9 @@ def table(kind: Kind, arch: int) -> Table:
     listed = tables(arch)
     if kind.transposed:
         return listed[kind]
-    flags = [(flag, False) if flag else (False,) for flag in (kind.decoded, kind.promoted, kind.gated, kind.bias)]
-    return next(listed[near] for near in (Kind(kind.mma, *f) for f in product(*flags)) if near in listed)
+    flags = [(flag, False) if flag else (False,) for flag in (kind.promoted, kind.gated, kind.bias)]
+    bits = dict.fromkeys((kind.decoded, min(kind.decoded, 8) and 8, 0))
+    return next(listed[near] for near in (Kind(kind.mma, *f) for f in product(bits, *flags)) if near in listed)
 
 
 @cache

@@ -9,17 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import gate
-from .tile import accumulate, along_m, along_n, channel_rows, find_rows, store_tile, swizzle, zero_rows
+from .tile import (
+    accumulate, accumulate_nibbles, along_m, along_n, channel_rows, find_rows, store_tile, swizzle, zero_rows,
+)  # fmt: skip
 
 
 @triton.jit
-def finish(acc, xs, ws_ptrs, bias_ptrs, SCALED: tl.constexpr, SWAP: tl.constexpr):
+def finish(acc, xr, wc_ptrs, bias_ptrs, SWAP: tl.constexpr):
     """Scales that do not change along K, one per row and per channel, then the bias."""
-    if not SCALED:
-        if xs is not None:
-            acc = acc * along_m(xs, SWAP)
-        if ws_ptrs is not None:
-            acc = acc * along_n(tl.load(ws_ptrs), SWAP)
+    acc = acc.to(tl.float32)
+    if xr is not None:
+        acc = acc * along_m(xr, SWAP)
+    if wc_ptrs is not None:
+        acc = acc * along_n(tl.load(wc_ptrs).to(tl.float32), SWAP)
     if bias_ptrs is not None:
         acc = acc + along_n(tl.load(bias_ptrs).to(tl.float32), SWAP)
     return acc
@@ -27,12 +29,13 @@ def finish(acc, xs, ws_ptrs, bias_ptrs, SCALED: tl.constexpr, SWAP: tl.constexpr
 
 @triton.jit
 def multiply(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first, end,
-    tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
-    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk,
-    stride_be, stride_om,
-    MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-    SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, UNIFORM: tl.constexpr,
+    x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first,
+    end, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
+    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
+    stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
@@ -46,28 +49,41 @@ def multiply(
     source = m if read_ptr is None else tl.load(read_ptr + m) // top_k
     c = tl.minimum(n, N - 1)
     row, scale_row = channel_rows(c, shard_rows, GROUP_N, INTERLEAVED)
-    kk = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + kk[None, :] * stride_xk
-    w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we + row[:, None] * stride_wn + kk[None, :] * stride_wk
-    xs_ptrs = xs_ptr if xs_ptr is None else xs_ptr + source * stride_xsm
-    bias_ptrs = bias_ptr if bias_ptr is None else bias_ptr + expert * stride_be + row
+    _, channel = channel_rows(c, shard_rows, CHANNEL_N, INTERLEAVED)
     if UNIFORM:  # every channel of the tile has the scale of the first
         _, scale_row = channel_rows(tl.minimum(tile_n * BLOCK_N, N - 1), shard_rows, GROUP_N, INTERLEAVED)
+    NIBBLES: tl.constexpr = BITS == 4
+    kk = tl.arange(0, 32 if NIBBLES else BLOCK_K)
+    uu = tl.arange(0, 16 if NIBBLES else BLOCK_K // 4 if BITS == 6 else BLOCK_K) * (3 if BITS == 6 else 1)
+    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + kk[None, :] * stride_xk
+    w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we + row[:, None] * stride_wn + uu[None, :] * stride_wk
+    xs_ptrs = xs_ptr if xs_ptr is None else xs_ptr + source * stride_xsm
     ws_ptrs = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse + scale_row * stride_wsn
-    acc, acc_up = accumulate(
-        x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk, MMA, DECODE_X,
-        DECODE_W, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_K, GATED, SCALED, UNIFORM, EVEN_K, SWAP, PROMOTE,
-    )  # fmt: skip
+    if NIBBLES:
+        acc, acc_up = accumulate_nibbles(
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk, stride_wsk, MMA, DECODE, ELEMENT,
+            KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, GATED, EVEN_K, SWAP,
+        )  # fmt: skip
+    else:
+        acc, acc_up = accumulate(
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk, MMA,
+            DECODE, ELEMENT, BITS, KIND, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_X, GROUP_K, FOLD, GATED, SCALED, UNIFORM,
+            EVEN_K, SWAP, PROMOTE,
+        )  # fmt: skip
 
-    xs = None
-    if xs_ptr is not None and not SCALED:
-        xs = tl.load(xs_ptrs)
-    acc = finish(acc, xs, ws_ptrs, bias_ptrs, SCALED, SWAP)
+    xr = None
+    if xr_ptr is not None:
+        xr = tl.load(xr_ptr + source * stride_xrm)
+    wc_ptrs = wc_ptr if wc_ptr is None else wc_ptr + expert * stride_wce + channel * stride_wcn
+    bias_ptrs = bias_ptr if bias_ptr is None else bias_ptr + expert * stride_be + row
+    acc = finish(acc, xr, wc_ptrs, bias_ptrs, SWAP)
     if ACT is not None:  # one cast before the activation, one after: what an unfused layer computes
         if GATED:
-            up_ws_ptrs = ws_ptrs if ws_ptr is None else ws_ptrs + up_ws
+            up_wc_ptrs = wc_ptrs if wc_ptr is None else wc_ptrs + up_wc
             up_bias_ptrs = bias_ptrs if bias_ptr is None else bias_ptrs + up_b
-            acc_up = finish(acc_up, xs, up_ws_ptrs, up_bias_ptrs, SCALED, SWAP)
+            acc_up = finish(acc_up, xr, up_wc_ptrs, up_bias_ptrs, SWAP)
+        else:
+            acc_up = acc
         g, u = acc.to(out_ptr.dtype.element_ty).to(tl.float32), acc_up.to(out_ptr.dtype.element_ty).to(tl.float32)
         acc = gate(g, u, alpha, beta, limit, ACT, GATED)
     if weights_ptr is not None:
@@ -79,16 +95,21 @@ def multiply(
 
 @triton.jit
 def _grouped_mm_kernel(
-    x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, offsets_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
-    num_rows, num_m, E, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
-    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk,
-    stride_be, stride_om,
-    MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-    SCALED: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, UNIFORM: tl.constexpr,
+    x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, offsets_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
+    num_rows, num_m, E, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
+    stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
+    stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
     PROMOTE: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
+    """Rows (x): xs changes along K, xr does not. Weights (w): ws changes along K, wc is one per channel or shard.
+
+    BITS of a code decide how w is read (kernels/tile.py); x holds numbers that the MMA takes as they are.
+    """
     tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
     if first >= end:
@@ -100,11 +121,12 @@ def _grouped_mm_kernel(
     for TAIL in tl.static_range(1 + (SHORT > 0)):  # the last rows of an expert, if few: mostly empty tiles cost as much
         if (end - first <= SHORT).to(tl.int32) == TAIL:
             multiply(
-                x_ptr, xs_ptr, w_ptr, ws_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first, end,
-                tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_b,
-                stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
-                stride_wsk, stride_be, stride_om, MMA, DECODE_X, DECODE_W, ACT, GATED, SCALED, GROUP_N, GROUP_K,
-                UNIFORM, INTERLEAVED, EVEN_K, SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
+                x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
+                expert, first, end, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
+                stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse,
+                stride_wsn, stride_wsk, stride_wce, stride_wcn, stride_be, stride_om, MMA, DECODE, ELEMENT, BITS, KIND,
+                ACT, GATED, SCALED, FOLD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM, INTERLEAVED, EVEN_K,
+                SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
             )  # fmt: skip
 
 

@@ -1,21 +1,24 @@
 """out[i] = x[i] . W[e] for every row i of every expert e: the gradient of a grouped product with respect to its rows.
 
 M rows (sorted by expert), C channels of the weight (the contraction), K its columns (the output), E experts. The weight
-is dequantized as it is read, (code * scale) rounded to the type of x: scales lie along the contraction here.
+is dequantized as it is read, (code * scales) rounded to the type of x: scales lie along the contraction here.
 """
 
 import triton
 import triton.language as tl
 
+from .arrange import load_code
+from .decode import scale_value
 from .tile import channel_rows, find_rows, mma, store_tile, swizzle, zero_rows
 
 
 @triton.jit
 def _grouped_mm_transposed_kernel(
-    x_ptr, w_ptr, ws_ptr, offsets_ptr, out_ptr,
+    x_ptr, w_ptr, ws_ptr, wg_ptr, offsets_ptr, out_ptr,
     num_rows, num_m, E, C, K, shard_rows,
-    stride_xm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn, stride_wsk, stride_om,
-    MMA: tl.constexpr, DECODE_W: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
+    stride_xm, stride_we, stride_wn, stride_wse, stride_wsn, stride_wsk, stride_wge, stride_wgn, stride_om,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_C: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +37,7 @@ def _grouped_mm_transposed_kernel(
     column = tl.minimum(k, K - 1)
     w_ptr += tl.cast(expert, tl.int64) * stride_we
     ws_ptr = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse
+    wg_ptr = wg_ptr if wg_ptr is None else wg_ptr + expert * stride_wge
     cc = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + cc[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
@@ -41,17 +45,19 @@ def _grouped_mm_transposed_kernel(
         c = c0 + cc
         inside = (c < C)[None, :]
         row, scale_row = channel_rows(tl.minimum(c, C - 1), shard_rows, GROUP_N, INTERLEAVED)
-        w_ptrs = w_ptr + column[:, None] * stride_wk + row[None, :] * stride_wn  # (BN, BK)
-        if EVEN_C:
-            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+        x = tl.load(x_ptrs) if EVEN_C else tl.load(x_ptrs, mask=inside, other=0.0)
+        codes = load_code(w_ptr + row[None, :] * stride_wn, column[:, None], inside, BITS)  # (BN, BK)
+        if ws_ptr is None:
+            w = DECODE(codes, MMA, ELEMENT[0], ELEMENT[1], ELEMENT[2])
         else:
-            x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
-        w = DECODE_W(w)
-        if ws_ptr is not None:
             at = scale_row[None, :] * stride_wsn
             if GROUP_K > 0:
                 at += (column // GROUP_K)[:, None] * stride_wsk
-            w = w.to(tl.float32) * tl.load(ws_ptr + at)
+            s = scale_value(tl.load(ws_ptr + at), tl.float32, KIND)
+            if wg_ptr is not None:
+                _, shard = channel_rows(tl.minimum(c, C - 1), shard_rows, 0, INTERLEAVED)
+                s = s * tl.load(wg_ptr + shard * stride_wgn)[None, :]
+            w = DECODE(codes, tl.float32, ELEMENT[0], ELEMENT[1], ELEMENT[2]) * s
         acc = mma(x.to(MMA), w.to(MMA), acc, SWAP, None)
         x_ptrs += BLOCK_K
     store_tile(out_ptr, acc, m, k, in_m, K, stride_om, SWAP)

@@ -6,6 +6,8 @@ M rows (sorted by expert), N output channels, K contraction, E experts; BM, BN, 
 import triton
 import triton.language as tl
 
+from .decode import scale_value
+
 
 @triton.jit
 def swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
@@ -112,12 +114,7 @@ def scaled_mma(
 ):
     """acc + x w^T, or acc + (x w^T) * xs * ws when scales change along K: xs per row or 1, ws per channel or one."""
     if SCALED:
-        ws = tl.load(ws_ptr)
-        part = mma(x, w, None, SWAP, PROMOTE)
-        if UNIFORM:
-            return acc + part * (along_m(xs * ws, SWAP) if len(xs.shape) > 0 else xs * ws)
-        else:
-            return acc + part * (along_m(xs, SWAP) if len(xs.shape) > 0 else xs) * along_n(ws, SWAP)
+        return acc + scaled(mma(x, w, None, SWAP, PROMOTE), xs, ws_ptr, UNIFORM, SWAP)
     elif x.dtype == tl.float32:  # sums of sums: one chain of fp32 additions over all of K loses bits
         return acc + mma(x, w, None, SWAP, PROMOTE)
     else:
@@ -125,33 +122,137 @@ def scaled_mma(
 
 
 @triton.jit
+def scaled(part, xs, ws_ptr, UNIFORM: tl.constexpr, SWAP: tl.constexpr):
+    """part * xs * ws; xs is a vector over rows or 1, ws one number when UNIFORM, or absent."""
+    if ws_ptr is None:
+        return part * (along_m(xs, SWAP) if len(xs.shape) > 0 else xs)
+    else:
+        ws = tl.load(ws_ptr).to(tl.float32)
+        if UNIFORM:
+            return part * (along_m(xs * ws, SWAP) if len(xs.shape) > 0 else xs * ws)
+        else:
+            return part * (along_m(xs, SWAP) if len(xs.shape) > 0 else xs) * along_n(ws, SWAP)
+
+
+@triton.jit
+def scale_tile(
+    ws_ptrs, k, K, stride_wsk, TYPE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Scales of SPAN columns of K from k on, spread over COLUMNS columns of a tile, PER_GROUP of them a group.
+
+    Columns and groups are known when the kernel is compiled, so the choices below cost no instruction.
+    """
+    group, zero = tl.arange(0, COLUMNS) // PER_GROUP, tl.zeros(ws_ptrs.shape, tl.int32)
+    first = scale_value(tl.load(ws_ptrs + k // GROUP * stride_wsk), TYPE, KIND)
+    tile = first[:, None]
+    for g in tl.static_range(1, SPAN // GROUP):
+        s = tl.load(ws_ptrs + (k // GROUP + g) * stride_wsk, mask=zero + k + g * GROUP < K, other=0.0)
+        tile = tl.where((group == g)[None, :], scale_value(s, TYPE, KIND)[:, None], tile)
+    return tile
+
+
+@triton.jit
+def load_codes(ptrs, inside, BITS: tl.constexpr, EVEN_K: tl.constexpr):
+    """Codes (BN, BK): bytes as they are, or of 6 bits out of units of 3 bytes, ptrs (BN, BK / 4)."""
+    if BITS == 6:
+        word = load_k(ptrs, inside, EVEN_K).to(tl.int32) | (load_k(ptrs + 1, inside, EVEN_K).to(tl.int32) << 8)
+        word |= load_k(ptrs + 2, inside, EVEN_K).to(tl.int32) << 16
+        pairs = tl.join(word & 63, (word >> 12) & 63), tl.join((word >> 6) & 63, word >> 18)  # codes 0, 2 and 1, 3
+        return tl.join(pairs[0], pairs[1]).reshape(ptrs.shape[0], 4 * ptrs.shape[1])
+    else:
+        return load_k(ptrs, inside, EVEN_K)
+
+
+@triton.jit
+def plane(words, P: tl.constexpr, TYPE: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr):
+    """Nibbles P and P + 4 of every word of eight codes (BN, J) -> their values (BN, 2 J): see kernels/arrange.py."""
+    w = words >> (4 * P)
+    low, high = (w & 0xF).to(tl.uint8), ((w >> 16) & 0xF).to(tl.uint8)
+    codes = tl.join(low, high).reshape(words.shape[0], 2 * words.shape[1])
+    return DECODE(codes, TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+
+
+@triton.jit
+def accumulate_nibbles(
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk, stride_wsk,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` for weights of 4 bits: w_ptrs (BN, 16) to words, x_ptrs (BM, 32) to rows in the order of nibbles."""
+    i = tl.arange(0, 16)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = acc
+    TYPE: tl.constexpr = MMA if MMA == tl.bfloat16 and KIND != "float32" else tl.float32
+    for k in range(0, K, 128):
+        inside = (k + 8 * i)[None, :] < K
+        w = load_k(w_ptrs, inside, EVEN_K)
+        part = acc if xs_ptrs is None else tl.zeros_like(acc)
+        part_up = part
+        s = tl.full((1, 1), 1.0, TYPE)
+        su = s
+        if FOLD:
+            s = scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, FOLD // 4)
+        if GATED:
+            u = load_k(w_ptrs + up_w, inside, EVEN_K)
+            part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
+            if FOLD:
+                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, FOLD // 4)
+        for p in tl.static_range(4):
+            x = tl.load(x_ptrs + 32 * p)
+            part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * s).to(MMA), part, SWAP, None)
+            if GATED:
+                part_up = mma(x, (plane(u, p, TYPE, DECODE, ELEMENT) * su).to(MMA), part_up, SWAP, None)
+        if xs_ptrs is None:
+            acc, acc_up = part, part_up
+        else:
+            xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
+            acc += scaled(part, xs, None, False, SWAP)
+            if GATED:
+                acc_up += scaled(part_up, xs, None, False, SWAP)
+        x_ptrs += 128
+        w_ptrs += 16 * stride_wk
+    return acc, acc_up
+
+
+@triton.jit
 def accumulate(
     x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
-    MMA: tl.constexpr, DECODE_X: tl.constexpr, DECODE_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_K: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr,
-    EVEN_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_X: tl.constexpr, GROUP_K: tl.constexpr,
+    FOLD: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
     """The main loop: x_ptrs (BM, BK), w_ptrs (BN, BK) -> fp32 products with gate's (or all) channels, and with up's.
 
-    Up's weights and scales lie up_w and up_ws elements behind gate's. SCALED: scales change along K, every GROUP_K;
-    pointers to them are one per row and channel, or one for all channels when UNIFORM.
+    Up's weights and scales lie up_w and up_ws elements behind gate's. SCALED: scales change along K, every GROUP_X or
+    GROUP_K columns, and multiply the product of a step; FOLD: every FOLD columns, and multiply the weights.
     """
-    kk = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    UNIT: tl.constexpr = 4 if BITS == 6 else 1  # codes behind a pointer
+    kk, uu = tl.arange(0, BLOCK_K), UNIT * tl.arange(0, BLOCK_K // UNIT)
+    TYPE: tl.constexpr = MMA if not FOLD or (MMA == tl.bfloat16 and KIND != "float32") else tl.float32
+    sums: tl.constexpr = tl.int32 if MMA == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), sums)
     acc_up = acc
     for k in range(0, K, BLOCK_K):
-        inside = (k + kk)[None, :] < K
-        group = k // GROUP_K
-        x = DECODE_X(load_k(x_ptrs, inside, EVEN_K)).to(MMA)
-        w = DECODE_W(load_k(w_ptrs, inside, EVEN_K)).to(MMA)
+        inside = (k + uu)[None, :] < K
+        x = load_k(x_ptrs, (k + kk)[None, :] < K, EVEN_K).to(MMA)
+        w = DECODE(load_codes(w_ptrs, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+        if FOLD:
+            w = (w * scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, FOLD)).to(MMA)
         xs = tl.full((), 1.0, tl.float32)
-        if SCALED and xs_ptrs is not None:
-            xs = tl.load(xs_ptrs + group * stride_xsk)
-        at = ws_ptrs + group * stride_wsk if SCALED else None
+        if xs_ptrs is not None:
+            xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
+        at = ws_ptrs + k // GROUP_K * stride_wsk if SCALED and ws_ptrs is not None and not FOLD else None
         acc = scaled_mma(x, w, acc, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
         if GATED:
-            u = DECODE_W(load_k(w_ptrs + up_w, inside, EVEN_K)).to(MMA)
-            acc_up = scaled_mma(x, u, acc_up, xs, at + up_ws if SCALED else None, SCALED, UNIFORM, SWAP, PROMOTE)
+            u = DECODE(load_codes(w_ptrs + up_w, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+            if FOLD:
+                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, FOLD)
+                u = (u * su).to(MMA)
+            at = at + up_ws if at is not None else None
+            acc_up = scaled_mma(x, u, acc_up, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
         x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+        w_ptrs += BLOCK_K * BITS // (8 if BITS == 6 else BITS) * stride_wk
     return acc, acc_up
