@@ -42,6 +42,33 @@ def e4m3_bits(x, MMA: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constex
 
 
 @triton.jit
+def _shifted(w, BY: tl.constexpr):
+    return (w << BY) if BY >= 0 else (w >> -BY)
+
+
+@triton.jit
+def pair_values(w, P: tl.constexpr, ELEMENT: tl.constexpr):
+    """Nibbles P and P + 4 of int32 words as two bf16 (..., 2), taken apart as the halves of one register.
+
+    Minifloats as in `minifloat`; integers in offset form (no exponent bits) as 128 + code, less 136.
+    """
+    EXPONENT: tl.constexpr = ELEMENT[0]
+    MANTISSA: tl.constexpr = ELEMENT[1]
+    if EXPONENT == 0:
+        bits = (_shifted(w, -4 * P) & 0x000F000F) | 0x43004300
+    else:
+        sign: tl.constexpr = 0x80008000 - (1 << 32)  # as an int32
+        mask: tl.constexpr = (7 << (7 - MANTISSA)) * 0x00010001
+        bits = (_shifted(w, 12 - 4 * P) & sign) | (_shifted(w, 7 - MANTISSA - 4 * P) & mask)
+    low, high = (bits & 0xFFFF).to(tl.int16), (bits >> 16).to(tl.int16)
+    both = tl.join(low, high).to(tl.bfloat16, bitcast=True)
+    if EXPONENT == 0:
+        return both - tl.full((), 136.0, tl.bfloat16)
+    else:
+        return both * tl.full((), 2.0 ** (127 - ELEMENT[2]), tl.bfloat16)
+
+
+@triton.jit
 def scale_value(s, TYPE: tl.constexpr, KIND: tl.constexpr):
     """A stored scale as TYPE. KIND: "e8m0" and "e4m3" are bytes (e4m3 also its own type), else a float."""
     if KIND == "e8m0":

@@ -6,7 +6,7 @@ M rows (sorted by expert), N output channels, K contraction, E experts; BM, BN, 
 import triton
 import triton.language as tl
 
-from .decode import scale_value
+from .decode import pair_values, scale_value
 
 
 @triton.jit
@@ -137,19 +137,18 @@ def scaled(part, xs, ws_ptr, UNIFORM: tl.constexpr, SWAP: tl.constexpr):
 @triton.jit
 def scale_tile(
     ws_ptrs, k, K, stride_wsk, TYPE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
-    COLUMNS: tl.constexpr, PER_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Scales of SPAN columns of K from k on, spread over COLUMNS columns of a tile, PER_GROUP of them a group.
-
-    Columns and groups are known when the kernel is compiled, so the choices below cost no instruction.
-    """
-    group, zero = tl.arange(0, COLUMNS) // PER_GROUP, tl.zeros(ws_ptrs.shape, tl.int32)
-    first = scale_value(tl.load(ws_ptrs + k // GROUP * stride_wsk), TYPE, KIND)
-    tile = first[:, None]
-    for g in tl.static_range(1, SPAN // GROUP):
-        s = tl.load(ws_ptrs + (k // GROUP + g) * stride_wsk, mask=zero + k + g * GROUP < K, other=0.0)
-        tile = tl.where((group == g)[None, :], scale_value(s, TYPE, KIND)[:, None], tile)
-    return tile
+    """Scales of SPAN columns of K from k on, (BN, SPAN / GROUP), spread evenly over COLUMNS columns of a tile."""
+    rows: tl.constexpr = ws_ptrs.shape[0]
+    groups: tl.constexpr = max(SPAN // GROUP, 1)
+    g = tl.arange(0, groups)
+    ptrs = ws_ptrs[:, None] + (k // GROUP + g)[None, :] * stride_wsk
+    s = scale_value(load_k(ptrs, (k + g * GROUP)[None, :] < K, EVEN_K), TYPE, KIND)
+    if groups == 1:
+        return s
+    else:
+        return tl.broadcast_to(s[:, :, None], (rows, groups, COLUMNS // groups)).reshape(rows, COLUMNS)
 
 
 @triton.jit
@@ -166,11 +165,17 @@ def load_codes(ptrs, inside, BITS: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def plane(words, P: tl.constexpr, TYPE: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr):
-    """Nibbles P and P + 4 of every word of eight codes (BN, J) -> their values (BN, 2 J): see kernels/arrange.py."""
-    w = words >> (4 * P)
-    low, high = (w & 0xF).to(tl.uint8), ((w >> 16) & 0xF).to(tl.uint8)
-    codes = tl.join(low, high).reshape(words.shape[0], 2 * words.shape[1])
-    return DECODE(codes, TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+    """Nibbles P and P + 4 of every word of eight codes (BN, J) -> their values (BN, 2 J): see kernels/arrange.py.
+
+    In bf16 both are taken apart at once, as halves of a register, and never leave it.
+    """
+    if TYPE == tl.bfloat16:
+        both = pair_values(words, P, ELEMENT)
+    else:
+        w = words >> (4 * P)
+        codes = tl.join((w & 0xF).to(tl.uint8), ((w >> 16) & 0xF).to(tl.uint8))
+        both = DECODE(codes, TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+    return both.reshape(words.shape[0], 2 * words.shape[1])
 
 
 @triton.jit
@@ -193,12 +198,12 @@ def accumulate_nibbles(
         s = tl.full((1, 1), 1.0, TYPE)
         su = s
         if FOLD:
-            s = scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, FOLD // 4)
+            s = scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, EVEN_K)
         if GATED:
             u = load_k(w_ptrs + up_w, inside, EVEN_K)
             part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
             if FOLD:
-                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, FOLD // 4)
+                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, EVEN_K)
         for p in tl.static_range(4):
             x = tl.load(x_ptrs + 32 * p)
             part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * s).to(MMA), part, SWAP, None)
@@ -240,7 +245,7 @@ def accumulate(
         x = load_k(x_ptrs, (k + kk)[None, :] < K, EVEN_K).to(MMA)
         w = DECODE(load_codes(w_ptrs, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
         if FOLD:
-            w = (w * scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, FOLD)).to(MMA)
+            w = (w * scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, EVEN_K)).to(MMA)
         xs = tl.full((), 1.0, tl.float32)
         if xs_ptrs is not None:
             xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
@@ -249,7 +254,7 @@ def accumulate(
         if GATED:
             u = DECODE(load_codes(w_ptrs + up_w, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
             if FOLD:
-                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, FOLD)
+                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, EVEN_K)
                 u = (u * su).to(MMA)
             at = at + up_ws if at is not None else None
             acc_up = scaled_mma(x, u, acc_up, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
