@@ -4,10 +4,10 @@ quantized activations pass gradients straight through."""
 import oracle
 import pytest
 import torch
-from oracle import Layer, assert_as_good, inputs
+from oracle import Layer, assert_as_good, fit, inputs
 
 import moe_ops.ops  # noqa: F401
-from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
+from moe_ops.formats import FORMATS, quantize_weight
 
 OPS = torch.ops.moe_ops
 LAYERS = {
@@ -35,10 +35,11 @@ def working(name, device):
     return torch.bfloat16 if device == "cuda" and FORMATS[name].activation else torch.float32
 
 
-def compare(got, truth, plain):
-    for what, a, b, c in zip(("x", "router weights", "first bias", "second bias"), got, truth, plain):
+def compare(got, truth, plain, nudged=None):
+    """Gradients in one order; `nudged`: the true ones, of a nudge (see oracle.py)."""
+    for i, (what, a, b, c) in enumerate(zip(("x", "router weights", "first bias", "second bias"), got, truth, plain)):
         assert a.dtype == c.dtype
-        assert_as_good(a, b.double(), c.double(), what)
+        assert_as_good(a, b.double(), c.double(), what, nudged=nudged and (lambda nudge, i=i: nudged(nudge)[i]))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -46,20 +47,23 @@ def compare(got, truth, plain):
 def test_experts(name, kind, device):
     options, dtype = dict(LAYERS[kind]), working(name, device)
     on_input = options.pop("on_input", False)
-    layer = Layer(name, 5, 72, 40, dtype=dtype, **options)
-    x, ids, weights = inputs(12, 72, 3, 5, dtype)
+    layer = Layer(name, 5, *fit(name, 72, 40), dtype=dtype, **options)
+    x, ids, weights = inputs(12, layer.hidden, 3, 5, dtype)
     got = leaves(x, weights, layer.up_bias, layer.down_bias, device=device)
     args = layer.tensors(device, up_bias=got[2], down_bias=got[3])
     out = OPS.experts(got[0], ids.to(device), got[1], *args, **layer.options(), router_weight_on_input=on_input)
     out.backward(upstream(out))
-    wanted = []
-    for work in (torch.float64, dtype):
+
+    def wanted(work, nudge=0.0):
         exact = work == torch.float64
         ins = leaves(*(t.double() if exact else t for t in (x, weights, layer.up_bias, layer.down_bias)))
-        y = oracle.experts(layer, ins[0], ids, ins[1], work, on_input=on_input, biases=ins[2:], stored=dtype)
+        more = {"on_input": on_input, "biases": ins[2:], "stored": dtype, "nudge": nudge}
+        y = oracle.experts(layer, ins[0], ids, ins[1], work, **more)
         y.backward(upstream(out).cpu().to(work))
-        wanted.append([t.grad for t in ins])
-    compare([t.grad for t in got], *wanted)
+        return [t.grad for t in ins]
+
+    nudged = lambda nudge: wanted(torch.float64, nudge)  # noqa: E731
+    compare([t.grad for t in got], wanted(torch.float64), wanted(dtype), nudged)
 
 
 @pytest.mark.parametrize("only", range(4), ids=["x", "weights", "up_bias", "down_bias"])
@@ -121,8 +125,9 @@ def product(x, w, bias, row_weights, ids, kind, fmt):
 def test_grouped_mm(name, kind, device):
     kind, fmt, dtype = PRODUCTS[kind], FORMATS[name], working(name, device)
     g = torch.Generator().manual_seed(0)
-    shards, rows, n, k = kind.get("shards", 1), 14, 80, 96
-    q = quantize_weight(fmt.weight, (torch.randn(4, n, k, generator=g) / 10).to(dtype), shards)
+    shards, rows, n, (k,) = kind.get("shards", 1), 14, 80, fit(name, 96)
+    floats = (torch.randn(4, n, k, generator=g) / 10).to(dtype)
+    q = quantize_weight(fmt.weight, floats, shards)
     ids = torch.randint(-1, 5, (rows,), generator=g)
     order, offsets = OPS.sort_by_expert(ids[:, None], 4)
     x = torch.randn(rows // 2 if kind.get("read") else rows, k, generator=g).to(dtype)
@@ -134,7 +139,8 @@ def test_grouped_mm(name, kind, device):
         scale = oracle.interleave(scale) if scale is not None and fmt.weight.block[0] == 1 else scale
     to = lambda t, use=True: t.to(device) if use and t is not None else None  # noqa: E731
     out = OPS.grouped_mm(
-        ins[0] if kind.get("read") else ins[0][order.to(device).long()], to(codes), to(offsets), to(scale), bias=bias,
+        ins[0] if kind.get("read") else ins[0][order.to(device).long()], to(codes), to(offsets), to(scale),
+        to(q.global_scale), bias=bias,
         rows_in=to(order, kind.get("read")), rows_out=to(order, kind.get("write")), top_k=2 if kind.get("read") else 1,
         row_weights=ins[1] if kind.get("weigh") else None, format=name, shards=shards,
         **{o: kind[o] for o in ("activation", "gated", "interleaved") if o in kind})  # fmt: skip
@@ -143,12 +149,32 @@ def test_grouped_mm(name, kind, device):
     wanted = []
     for work in (torch.float64, dtype):
         want = leaves(*(t.double() if work == torch.float64 else t for t in tensors))
-        w = dequantize_weight(q, shards, work)
+        w = oracle.weights_of(floats, fmt.weight, shards).to(work)
         y = product(want[0].to(work), w, want[2].to(work), want[1], ids, kind, fmt)
         assert y.shape == out.shape
         y.backward(upstream(out).cpu().to(work))
         wanted.append([t.grad for t in want if t.grad is not None])
     compare([t.grad for t in ins if t.grad is not None], *wanted)
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.activation is not None])
+def test_grouped_mm_of_codes(name, device):
+    """Bias and weights of rows have the gradients that they would have if x had come as floats."""
+    fmt, (k,), g = FORMATS[name], fit(name, 96), torch.Generator().manual_seed(0)
+    q = quantize_weight(fmt.weight, torch.randn(4, 80, k, generator=g) / 10, 2)
+    order, offsets = (t.to(device) for t in OPS.sort_by_expert(torch.randint(0, 4, (14, 1), generator=g), 4))
+    x = torch.randn(14, k, generator=g).to(device)
+    weight = [t if t is None else t.to(device) for t in (q.qdata, q.scale, q.global_scale)]
+    codes, scale, whole = OPS.quantize(x, None, fmt.activation.name)
+    results = []
+    for rows, scales in ((x, {}), (codes, {"x_scale": scale, "x_global_scale": whole if whole.numel() else None})):
+        bias, row_weights = leaves(torch.ones(4, 80), torch.linspace(-1, 1, 14), device=device)
+        out = OPS.grouped_mm(
+            rows, weight[0], offsets, *weight[1:], bias=bias, rows_out=order, row_weights=row_weights, format=name,
+            activation="silu", shards=2, out_dtype=torch.float32, **scales)  # fmt: skip
+        out.backward(upstream(out))
+        results.append((out, bias.grad, row_weights.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_grouped_mm_transposed_has_no_gradient():
@@ -162,15 +188,18 @@ def test_grouped_mm_transposed_has_no_gradient():
 @pytest.mark.parametrize("name", FORMATS)
 def test_linear(name, device):
     fmt, dtype, g = FORMATS[name], working(name, device), torch.Generator().manual_seed(0)
-    q = fmt.weight.quantize(torch.randn(40, 72, generator=g).to(dtype) / 8)
-    tensors = torch.randn(3, 4, 72, generator=g).to(dtype), torch.randn(40, generator=g).to(dtype)
+    (k,) = fit(name, 72)
+    floats = torch.randn(40, k, generator=g).to(dtype) / 8
+    q = fmt.weight.quantize(floats)
+    tensors = torch.randn(3, 4, k, generator=g).to(dtype), torch.randn(40, generator=g).to(dtype)
     x, bias = leaves(*tensors, device=device)
-    out = OPS.linear(x, q.qdata.to(device), None if q.scale is None else q.scale.to(device), bias=bias, format=name)
+    weight = [t if t is None else t.to(device) for t in (q.qdata, q.scale, q.global_scale)]
+    out = OPS.linear(x, *weight, bias=bias, format=name)
     out.backward(upstream(out))
     wanted = []
     for work in (torch.float64, dtype):
         a, b = leaves(*(t.to(work) for t in tensors))
-        w = fmt.weight.dequantize(q).to(work)
+        w = oracle.weights_of(floats[None], fmt.weight)[0].to(work)
         y = oracle.quantized(a.to(work).flatten(0, 1), fmt.activation) @ w.T + b.to(work)
         y.view(out.shape).backward(upstream(out).cpu().to(work))
         wanted.append([a.grad, b.grad])
@@ -225,8 +254,8 @@ def test_gradients_under_autocast_and_checkpointing(name):
     """A training step's usual wrappers: activation checkpointing recomputes the op, autocast leaves it alone."""
     from torch.utils.checkpoint import checkpoint
 
-    layer = Layer(name, 5, 72, 40)
-    x, ids, weights = inputs(4, 72, 2, 5)
+    layer = Layer(name, 5, *fit(name, 72, 40))
+    x, ids, weights = inputs(4, layer.hidden, 2, 5)
     results = []
     for wrapped in (False, True):
         a, w = leaves(x, weights)

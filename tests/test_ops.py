@@ -9,14 +9,17 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from oracle import Layer, assert_as_good, inputs
+from oracle import Layer, assert_as_good, fit, inputs, takes_static
 
 import moe_ops.ops  # noqa: F401
-from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
+from moe_ops.formats import FORMATS, quantize_weight
 
 OPS = torch.ops.moe_ops
 VECTORS = json.loads((Path(__file__).parent / "data" / "format_vectors.json").read_text())
 QUANTIZED_ACTIVATIONS = [name for name in FORMATS if FORMATS[name].activation is not None]
+STATIC = [name for name in FORMATS if takes_static(FORMATS[name].activation)]
+CODECS = {f.activation.name: f.activation for f in FORMATS.values() if f.activation is not None}
+STATIC_CODECS = [name for name, codec in CODECS.items() if takes_static(codec)]
 LAYERS = {
     "silu": {"bias": False},
     "silu_interleaved": {"interleaved": True},
@@ -30,7 +33,7 @@ LAYERS = {
     "silu_plain": {"activation": "silu", "gated": False, "bias": False},
     "gelu_plain_clamped": {"activation": "gelu", "gated": False, "numbers": {"limit": 1.0}},
 }
-SIZES = [(72, 40), (160, 136)]  # (H, I): odd ones, and both above a tile of 128
+SIZES = [(72, 40), (160, 136)]  # (H, I): odd ones, and both above a tile of 128; more where groups must be full
 
 
 def working(name, dtype, device):
@@ -39,11 +42,7 @@ def working(name, dtype, device):
 
 
 def layer_for(name, hidden, intermediate, num_experts=5, **options):
-    fmt = FORMATS[name]
-    reason = fmt.check(2 * intermediate, hidden) or fmt.check(hidden, intermediate)
-    if reason:
-        pytest.skip(reason)
-    return Layer(name, num_experts, hidden, intermediate, **options)
+    return Layer(name, num_experts, *fit(name, hidden, intermediate), **options)
 
 
 def run(layer, x, ids, weights, device, **options):
@@ -53,10 +52,10 @@ def run(layer, x, ids, weights, device, **options):
 
 def check_experts(layer, x, ids, weights, device, on_input=False, **options):
     got = run(layer, x, ids, weights, device, router_weight_on_input=on_input, **options)
-    truth = oracle.experts(layer, x, ids, weights, on_input=on_input)
+    truth = lambda nudge=0.0: oracle.experts(layer, x, ids, weights, on_input=on_input, nudge=nudge)  # noqa: E731
     plain = oracle.experts(layer, x, ids, weights, x.dtype, on_input=on_input)
     assert got.dtype == x.dtype
-    assert_as_good(got, truth, plain)
+    assert_as_good(got, truth(), plain, nudged=truth)
     return got
 
 
@@ -68,17 +67,17 @@ def test_experts(name, kind, on_input, device):
     hidden, intermediate = SIZES[number % 2]
     dtype = working(name, [torch.float32, torch.bfloat16, torch.float16][number % 3], device)
     layer = layer_for(name, hidden, intermediate, dtype=dtype, **LAYERS[kind])
-    check_experts(layer, *inputs(16, hidden, 3, 5, dtype), device, on_input)
+    check_experts(layer, *inputs(16, layer.hidden, 3, 5, dtype), device, on_input)
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["", "on_input"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
+@pytest.mark.parametrize("name", STATIC)
 def test_experts_with_static_scales(name, gated, on_input, device):
     activation = "silu" if gated else "relu2"
     dtype = working(name, torch.float32, device)
     layer = layer_for(name, 72, 40, gated=gated, activation=activation, static=True, dtype=dtype)
-    x, ids, weights = inputs(7, 72, 3, 5, dtype)
+    x, ids, weights = inputs(7, layer.hidden, 3, 5, dtype)
     static = check_experts(layer, x, ids, weights, device, on_input)
     layer.input_scales = (None, None)
     assert not torch.equal(static, run(layer, x, ids, weights, device, router_weight_on_input=on_input))
@@ -87,7 +86,7 @@ def test_experts_with_static_scales(name, gated, on_input, device):
 @pytest.mark.parametrize("name", FORMATS)
 def test_backends_agree(name, device):
     layer = layer_for(name, 72, 40, dtype=torch.bfloat16)
-    x, ids, weights = inputs(60, 72, 3, 5, torch.bfloat16)
+    x, ids, weights = inputs(60, layer.hidden, 3, 5, torch.bfloat16)
     truth, plain = (oracle.experts(layer, x, ids, weights, work) for work in (torch.float64, torch.bfloat16))
     for backend in ("auto", "reference"):
         assert_as_good(run(layer, x, ids, weights, device, backend=backend), truth, plain, backend)
@@ -128,14 +127,20 @@ def product_truth(x, w, ids, kind, tensors, codec, top_k, work):
     return torch.stack(rows)
 
 
+def scales(q, device="cpu"):
+    """scale and global_scale of a quantized weight, as ops take them."""
+    return [t if t is None else t.to(device) for t in (q.scale, q.global_scale)]
+
+
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_grouped_mm(name, kind, device):
     kind, fmt = PRODUCTS[kind], FORMATS[name]
     dtype = working(name, torch.float32, device)
-    experts, n, k, tokens, top_k, shards = 4, 80, 96, 6, 2, kind.get("shards", 1)
+    experts, n, (k,), tokens, top_k, shards = 4, 80, fit(name, 96), 6, 2, kind.get("shards", 1)
     g = torch.Generator().manual_seed(0)
-    q = quantize_weight(fmt.weight, (torch.randn(experts, n, k, generator=g) / 10).to(dtype), shards)
+    w = (torch.randn(experts, n, k, generator=g) / 10).to(dtype)
+    q = quantize_weight(fmt.weight, w, shards)
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=g)
     order, offsets = OPS.sort_by_expert(ids, experts)
     rows = tokens * top_k
@@ -146,15 +151,14 @@ def test_grouped_mm(name, kind, device):
     index = {"rows_in": order if kind.get("read") else None, "rows_out": order if kind.get("write") else None}
     given = x if kind.get("read") else x[order.long()]
     got = OPS.grouped_mm(
-        given.to(device), q.qdata.to(device), offsets.to(device), None if q.scale is None else q.scale.to(device),
+        given.to(device), q.qdata.to(device), offsets.to(device), *scales(q, device),
         **{k: v.to(device) for k, v in (tensors | index).items() if v is not None}, format=name, shards=shards,
         top_k=top_k if kind.get("read") else 1, gated=kind.get("gated", True),
         activation=kind.get("activation", "none"),
     ).cpu()  # fmt: skip
     if not kind.get("write"):
         got = torch.empty_like(got).index_copy_(0, order.long(), got)
-    w = dequantize_weight(q, shards)
-    args = (x, w, ids.flatten(), kind, tensors, fmt.activation, top_k)
+    args = (x, oracle.weights_of(w, fmt.weight, shards), ids.flatten(), kind, tensors, fmt.activation, top_k)
     truth = product_truth(*args, torch.float64)
     assert_as_good(got, truth, product_truth(*args, dtype))
     dropped = (ids.flatten() < 0) | (ids.flatten() >= experts)
@@ -164,13 +168,14 @@ def test_grouped_mm(name, kind, device):
 @pytest.mark.parametrize("name", FORMATS)
 def test_grouped_mm_transposed(name, device):
     """The product of a gradient: x . W[e], weights dequantized, x never quantized."""
-    g = torch.Generator().manual_seed(0)
-    q = quantize_weight(FORMATS[name].weight, torch.randn(3, 80, 96, generator=g) / 9, 2)
+    g, (k,) = torch.Generator().manual_seed(0), fit(name, 96)
+    w = torch.randn(3, 80, k, generator=g) / 9
+    q = quantize_weight(FORMATS[name].weight, w, 2)
     x, offsets = torch.randn(9, 80, generator=g), torch.tensor([0, 4, 4, 8], dtype=torch.int32)
-    args = [t if t is None else t.to(device) for t in (x, q.qdata, offsets, q.scale)]
-    got = OPS.grouped_mm(*args, format=name, shards=2, transpose=True)
-    w = dequantize_weight(q, 2)
-    truth, plain = (torch.cat([x[:4].to(d) @ w[0].to(d), x[4:8].to(d) @ w[2].to(d), torch.zeros(1, 96, dtype=d)])
+    args = [t.to(device) for t in (x, q.qdata, offsets)]
+    got = OPS.grouped_mm(*args, *scales(q, device), format=name, shards=2, transpose=True)
+    w = oracle.weights_of(w, FORMATS[name].weight, 2)
+    truth, plain = (torch.cat([x[:4].to(d) @ w[0].to(d), x[4:8].to(d) @ w[2].to(d), torch.zeros(1, k, dtype=d)])
                     for d in (torch.float64, torch.float32))  # fmt: skip
     assert_as_good(got, truth, plain)
 
@@ -181,11 +186,17 @@ def test_codes_may_be_given(name, device):
     g = torch.Generator().manual_seed(0)
     q = quantize_weight(FORMATS[name].weight, torch.randn(2, 48, 160, generator=g) / 12)
     x, offsets = torch.randn(8, 160, generator=g).bfloat16(), torch.tensor([0, 5, 8], dtype=torch.int32)
-    x, codes, scale, offsets = (t.to(device) for t in (x, q.qdata, q.scale, offsets))
-    x_codes, x_scale = OPS.quantize(x, None, codec.name)
-    given = OPS.grouped_mm(x_codes, codes, offsets, scale, x_scale=x_scale, format=name)
+    x, codes, offsets = (t.to(device) for t in (x, q.qdata, offsets))
+    x_codes, x_scale, whole = OPS.quantize(x, None, codec.name)
+    more = {"x_scale": x_scale, "x_global_scale": whole if codec.global_scale else None, "format": name}
+    given = OPS.grouped_mm(x_codes, codes, offsets, *scales(q, device), **more)
     assert given.dtype == torch.bfloat16
-    assert torch.equal(given, OPS.grouped_mm(x, codes, offsets, scale, format=name))
+    assert torch.equal(given, OPS.grouped_mm(x, codes, offsets, *scales(q, device), format=name))
+    rows = torch.tensor([3, 1, 1, 7, 0], dtype=torch.int32, device=device)  # scales of a row go where it goes
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    given = OPS.grouped_mm(x_codes, codes, offsets, *scales(q, device), rows_in=rows, **more)
+    apart = OPS.grouped_mm(x[rows.long()], codes, offsets, *scales(q, device), format=name)
+    assert torch.equal(given, apart) or codec.block == (0, 0)  # of other rows the largest is another
 
 
 def test_order_of_operations(device):
@@ -223,47 +234,59 @@ def test_activation_vectors(kind, device):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name,static", [*((name, False) for name in FORMATS), *((name, True) for name in STATIC)])
 def test_linear(name, static, bias, device):
     fmt, g = FORMATS[name], torch.Generator().manual_seed(0)
-    if static and fmt.activation is None:
-        pytest.skip("no quantized activations")
-    dtype = working(name, torch.float32, device)
-    w, x = torch.randn(40, 72, generator=g).to(dtype) / 8, torch.randn(2, 3, 72, generator=g).to(dtype)
+    dtype, (k,) = working(name, torch.float32, device), fit(name, 72)
+    w, x = torch.randn(40, k, generator=g).to(dtype) / 8, torch.randn(2, 3, k, generator=g).to(dtype)
     b = torch.randn(40, generator=g).to(dtype) if bias else None
     q = fmt.weight.quantize(w)
-    scale = torch.tensor(0.01) if static else None
-    args = [t if t is None else t.to(device) for t in (x, q.qdata, q.scale, None, None, b, scale)]
+    scale = torch.tensor(4.5 / oracle.top_of(fmt.activation)) if static else None
+    args = [t if t is None else t.to(device) for t in (x, q.qdata, q.scale, q.global_scale, None, b, scale)]
     got = OPS.linear(*args, format=name)
-    rows, spread = x.reshape(6, 72), None if scale is None else scale.expand(6, 1)
-    wf = fmt.weight.dequantize(q)
+    rows, spread = x.reshape(6, k), None if scale is None else scale.expand(6, 1)
+    wf = oracle.weights_of(w[None], fmt.weight)[0]
     truth, plain = ((oracle.quantized(rows.to(d), fmt.activation, spread) @ wf.to(d).T + (0 if b is None else b.to(d))
                      ).view(2, 3, 40) for d in (torch.float64, dtype))  # fmt: skip
     assert_as_good(got, truth, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
-def test_quantize_is_the_codec(name, dtype, device):
-    codec = FORMATS[name].activation
-    x = (torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+@pytest.mark.parametrize("codec", CODECS)
+def test_quantize(codec, dtype, device):
+    """Codes times scales, exactly; partial groups included where codes are not packed."""
+    codec, k = CODECS[codec], 288 if CODECS[codec].packed else 300
+    x = (torch.randn(2, 5, k, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     x[0, 1] = 0
-    want = codec.quantize(x.view(10, 300))
-    codes, scale = OPS.quantize(x.to(device), None, codec.name)
-    assert torch.equal(codes.cpu().view(torch.uint8), want.qdata.view(x.shape).view(torch.uint8))
-    assert torch.equal(scale.cpu(), want.scale.view(2, 5, -1) if want.scale.ndim else want.scale)
+    codes, scale, whole = OPS.quantize(x.to(device), None, codec.name)
+    assert codes.shape == (2, 5, codec.stored(k)) and codes.dtype == codec.element.storage
+    groups = -(-k // codec.block[1]) if codec.block[1] else 1
+    assert scale.shape == ((2, 5, groups) if codec.block[0] else ()) and scale.dtype == codec.scale_dtype
+    assert whole.shape == ((2, 5, 1) if codec.global_scale else (0,)) and whole.dtype == torch.float32
+    spread = scale.cpu().double()
+    if codec.block[0]:
+        spread = spread.repeat_interleave(codec.block[1] or k, -1)[..., :k]
+    got = oracle.decoded(codes, codec) * spread * (whole.cpu().double() if codec.global_scale else 1)
+    assert torch.equal(got.view(10, k), oracle.values_of(x.view(10, k), codec, rows=True))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6, 1), (2, 3, 1)], ids=str)
-@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
-def test_quantize_static(name, shape, device):
-    x = torch.randn(2, 3, 72, generator=torch.Generator().manual_seed(0))
-    x = x.view(6, 72) if shape == (6, 1) else x
-    scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) / 100 + 0.001
-    codes, returned = OPS.quantize(x.to(device), scale.to(device), FORMATS[name].activation.name)
-    want = oracle.encode_e4m3(x / scale)
-    assert torch.equal(codes.cpu().view(torch.uint8), want.view(x.shape)) and torch.equal(returned.cpu(), scale)
+@pytest.mark.parametrize("codec", STATIC_CODECS)
+def test_quantize_static(codec, shape, device):
+    codec, k = CODECS[codec], 80
+    x = torch.randn(2, 3, k, generator=torch.Generator().manual_seed(0))
+    x = x.view(6, k) if shape == (6, 1) else x
+    given = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1) * 4 / oracle.top_of(codec)
+    codes, scale, whole = OPS.quantize(x.to(device), given.to(device), codec.name)
+    spread = given.expand(*x.shape[:-1], 1).reshape(6, 1)  # one for each row
+    if codec.global_scale:  # it is the global one, and the groups have theirs
+        assert torch.equal(whole.cpu().view(6, 1), spread)
+        spread = scale.cpu().double().repeat_interleave(codec.block[1], -1).view(6, k) * spread.double()
+    else:
+        assert torch.equal(scale.cpu(), given) and whole.shape == (0,)
+    got = oracle.decoded(codes, codec).view(6, k) * spread.double()
+    want = oracle.values_of(x.view(6, k), codec, given.expand(*x.shape[:-1], 1).reshape(6, 1), rows=True)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

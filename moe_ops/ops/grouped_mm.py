@@ -49,7 +49,8 @@ def _check_codes(x: Operand, fmt: Format, transpose: bool, k: int) -> None:
     if not codec.global_scale and codec.scale_dtype.itemsize > 1:  # a static scale, or one for all of x
         shapes = [(), (rows, 1), *shapes]
     if tuple(x.scale.shape) not in shapes:
-        allowed = " or ".join(map(str, dict.fromkeys(shapes))).replace("()", "one value")
+        *others, last = (str(shape) if shape else "one value" for shape in dict.fromkeys(shapes))
+        allowed = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"x_scale must be {allowed}, got {tuple(x.scale.shape)}")
     _check_scale_dtype(codec, x.scale, "x_scale")
     if (x.global_scale is not None) != codec.global_scale:
