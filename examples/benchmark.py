@@ -38,7 +38,7 @@ from tqdm import tqdm
 from moe_ops.formats import FORMATS
 
 CHECKED_TOKENS = 64
-TOLERANCE = {False: 0.01, True: 0.08}  # relative error, by "activations are quantized"
+TOLERANCE = {16: 0.01, 8: 0.08, 6: 0.1, 4: 0.25}  # relative error, by bits of an activation
 Builders = dict[str, Callable[[], peers.Layer]]
 
 
@@ -146,7 +146,8 @@ def run_cell(run: Run, shape_name: str, weights: peers.Weights, tokens: int, lay
     key = (name, shape_name, tokens)
     if key not in run.cells:
         touched = peers.touched_experts(sets)
-        tolerance = TOLERANCE[weights.format.activation is not None]
+        activation = weights.format.activation
+        tolerance = TOLERANCE[16 if activation is None else activation.element.bits]
         run.cells[key] = Cell(*key, touched, floors_of(run, shape, weights, tokens, touched), tolerance)
     x, ids, topk_weights = (t[:CHECKED_TOKENS] for t in sets[-1])
     expected = peers.reference_layer(weights, x, ids, topk_weights)

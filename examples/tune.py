@@ -26,8 +26,8 @@ from _bench_timing import Replay
 
 import moe_ops.ops  # noqa: F401
 from moe_ops.activation import Gate
-from moe_ops.backends.base import Rows, Weight
-from moe_ops.formats import FORMATS
+from moe_ops.backends.base import Operand, Rows, Weight
+from moe_ops.formats import FORMATS, quantize_weight
 from moe_ops.kernels.configs import Config
 
 
@@ -47,6 +47,56 @@ class Job:
 
 def candidates(job: Job) -> Iterator[Config]:
     """Tiles worth trying for that many rows per expert; the weights go first (swap) where rows are few."""
+    fmt = FORMATS[job.format]
+    if fmt.weight.element.bits == 4:
+        yield from _nibbles(job.rows_per_expert)
+    elif fmt.quantized and (fmt.activation is None or fmt.activation.element != fmt.weight.element):
+        yield from _decoded(job.rows_per_expert)
+    else:
+        yield from _same_type(job)
+
+
+def _nibbles(r: float) -> Iterator[Config]:
+    """Weights of 4 bits: 128 columns a step, always."""
+    if r <= 16:
+        plain = (16, 4, 4), (32, 2, 4), (32, 4, 4), (64, 2, 4), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3)
+        yield from (Config(16, n, 128, w, s) for n, w, s in plain)
+        yield from (Config(16, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 4), (128, 8, 3)))
+    elif r <= 40:
+        yield from (Config(32, n, 128, w, s) for n, w, s in ((32, 4, 4), (64, 4, 3), (128, 8, 3)))
+        yield from (Config(32, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 3), (64, 4, 4), (128, 8, 3)))
+        yield from (Config(64, n, 128, w, 3, swap=True) for n, w in ((64, 4), (128, 8)))
+    elif r <= 100:
+        tiles = (64, 4, 3), (64, 4, 4), (128, 8, 3), (128, 4, 3)
+        yield from (Config(64, n, 128, w, s, swap=True) for n, w, s in tiles)
+        yield Config(64, 64, 128, 8, 3)
+        yield from (Config(128, n, 128, w, 3, swap=True, short=64) for n, w in ((64, 4), (128, 8)))
+    else:
+        for (n, w, s), short in product(((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)), (0, 64)):
+            yield Config(128, n, 128, w, s, swap=True, group_m=8, short=short)
+        yield from (Config(128, n, 128, 8, 3, group_m=8, short=64) for n in (64, 128))
+        yield Config(64, 128, 128, 8, 3, swap=True, group_m=8)
+
+
+def _decoded(r: float) -> Iterator[Config]:
+    """Weights of 8 or 6 bits that become bf16 in registers."""
+    if r <= 16:
+        plain = (16, 4, 4), (32, 2, 4), (32, 4, 4), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3)
+        yield from (Config(16, n, 128, w, s) for n, w, s in plain)
+        yield from (Config(16, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 4), (128, 8, 3)))
+    elif r <= 40:
+        yield from (Config(32, n, 128, w, s) for n, w, s in ((32, 4, 4), (64, 4, 3), (128, 8, 3)))
+        yield from (Config(32, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 3), (128, 8, 3)))
+        yield from (Config(64, n, k, 4, 3, swap=True) for n, k in ((64, 64), (64, 128), (128, 64)))
+    else:
+        m = 64 if r <= 100 else 128
+        tiles = (64, 4, 64), (128, 8, 64), (128, 4, 64), (64, 8, 64), (128, 8, 128)
+        for (n, w, k), swap in product(tiles, (True, False)):
+            yield Config(m, n, k, w, 3, swap=swap, group_m=1 if m == 64 else 8, short=0 if m == 64 else 64)
+
+
+def _same_type(job: Job) -> Iterator[Config]:
+    """Weights and activations go into the tensor core as they are."""
     wide, r = FORMATS[job.format].activation is None, job.rows_per_expert
     scaled = FORMATS[job.format].weight.block == (128, 128)
     ks = (64, 128) if wide else (128,) if scaled else (128, 256)
@@ -63,22 +113,23 @@ def candidates(job: Job) -> Iterator[Config]:
         for m, n, w, s, g in product(tall, (64, 128, 256), (4, 8), (3, 4), groups):
             per_warp = m * n * (2 if job.first else 1) // w  # accumulators: 128 registers of 32 lanes are 4096
             if 1024 <= per_warp <= 4096:
-                yield Config(m, n, ks[0] if wide else 128, w, s, group_m=g)
+                yield Config(m, n, ks[0] if wide else 128, w, s, group_m=g, short=64 if m >= 128 else 0)
 
 
 def shared_bytes(c: Config, job: Job) -> int:
-    size = 2 if FORMATS[job.format].activation is None else 1
-    weight = 2 if job.format == "bf16" else 1
-    return c.stages * c.block_k * (c.block_m * size + c.block_n * weight * (2 if job.first else 1))
+    fmt = FORMATS[job.format]
+    alike = fmt.activation is not None and fmt.activation.element == fmt.weight.element
+    x = fmt.activation.element.bits if alike and fmt.activation is not None else 16
+    return c.stages * c.block_k * (c.block_m * x + c.block_n * fmt.weight.element.bits * (2 if job.first else 1)) // 8
 
 
 def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
-    """(x, x_scale, weight, rows, gate, format) of each set, as backends/triton.py's `grouped_mm` takes them."""
+    """(x, weight, rows, gate, format) of each set, as backends/triton.py's `grouped_mm` takes them."""
     import moe_ops.backends.triton as backend
 
     shape, fmt = peers.SHAPES[job.shape], weights.format
     q = weights.gate_up if job.first else weights.down
-    w = Weight(q.qdata, q.scale, shards=2 if job.first else 1)
+    w = Weight(q.qdata, q.scale, q.global_scale, shards=2 if job.first else 1)
     out = []
     for x, ids, topk_weights in sets:
         order, offsets = backend.Parts.sort_by_expert(ids, shape.experts)
@@ -86,54 +137,58 @@ def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
             offsets, write=order, weights=topk_weights.reshape(-1))  # fmt: skip
         if not job.first:
             x = torch.randn(ids.numel(), shape.intermediate, dtype=x.dtype, device=x.device)
-        x_scale = None
-        if fmt.activation is not None:
-            x, x_scale = backend.quantize(x, fmt.activation)
-        out.append((x, x_scale, w, rows, Gate(activation="silu", gated=True) if job.first else None, fmt))
+        operand = Operand(x) if fmt.activation is None else backend.quantize(x, fmt.activation)
+        out.append((operand, w, rows, Gate(activation="silu", gated=True) if job.first else None, fmt))
     return out
+
+
+def stand_ins(job: Job) -> tuple:
+    """`arguments` of one set, as tensors without memory."""
+    shape, fmt = peers.SHAPES[job.shape], FORMATS[job.format]
+    meta, shards, act = {"device": "meta"}, 2 if job.first else 1, fmt.activation
+    (e, n, k), r = (shape.experts, 2 * shape.intermediate, shape.hidden), job.tokens * shape.top_k
+    if not job.first:
+        n, k = shape.hidden, shape.intermediate
+    one = quantize_weight(fmt.weight, torch.zeros(1, n, k, dtype=torch.bfloat16, **meta), shards)
+    codes, scale, above = (
+        None if t is None else torch.empty(e, *t.shape[1:], dtype=t.dtype, **meta)
+        for t in (one.qdata, one.scale, one.global_scale)
+    )
+    assert codes is not None
+    m = job.tokens if job.first else r
+    x = Operand(torch.empty(m, k, dtype=torch.bfloat16, **meta))
+    if act is not None:
+        groups = -(-k // act.block[1]) if act.block and act.block[1] else 1
+        x = Operand(torch.empty(m, act.stored(k), dtype=act.element.storage, **meta),
+                    torch.empty(m, groups, dtype=act.scale_dtype, **meta),
+                    torch.empty(m, 1, **meta) if act.global_scale else None)  # fmt: skip
+    index, offsets = (torch.empty(size, dtype=torch.int32, **meta) for size in (r, e + 1))
+    rows = Rows(offsets, read=index, top_k=shape.top_k) if job.first else Rows(
+        offsets, write=index, weights=torch.empty(r, **meta))  # fmt: skip
+    gate = Gate(activation="silu", gated=True) if job.first else None
+    return x, Weight(codes, scale, above, shards=shards), rows, gate, fmt
 
 
 def _compile(job: Job, configs: list[Config]) -> int:
     """Compile the launches of a job without running them: tensors are stood in for by their types."""
     import moe_ops.backends.triton as backend
 
-    class Warm:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    kernel = backend._grouped_mm_kernel
 
+    class Warm:
         def __getitem__(self, grid: tuple) -> Any:
             def launch(*args: Any, **kwargs: Any) -> None:
                 types = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
-                self.kernel.warmup(*types, grid=(1,), **kwargs)
+                kernel.warmup(*types, grid=(1,), **kwargs)
 
             return launch
 
-    shape, fmt = peers.SHAPES[job.shape], FORMATS[job.format]
-    meta, kernel = {"device": "meta"}, backend._grouped_mm_kernel
-    (e, n, k), r = (shape.experts, 2 * shape.intermediate, shape.hidden), job.tokens * shape.top_k
-    if not job.first:
-        n, k = shape.hidden, shape.intermediate
-    one = fmt.weight.quantize(torch.zeros(1, n // (2 if job.first else 1), k, **meta)) if fmt.quantized else None
-    shards = 2 if job.first else 1
-    scale = None if one is None else torch.empty(e, one.scale.shape[1] * shards, one.scale.shape[2], **meta)
-    weight = torch.empty(e, n, k, dtype=one.qdata.dtype if one else torch.bfloat16, **meta)
-    x, x_scale = torch.empty(job.tokens if job.first else r, k, dtype=torch.bfloat16, **meta), None
-    if fmt.activation is not None:
-        q = fmt.activation.quantize(x)
-        x, x_scale = q.qdata, q.scale
-    index = torch.empty(r, dtype=torch.int32, **meta)
-    rows = Rows(index[: e + 1] if r > e else torch.empty(e + 1, dtype=torch.int32, **meta))
-    rows = Rows(rows.offsets, read=index, top_k=shape.top_k) if job.first else Rows(
-        rows.offsets, write=index, weights=index.float())  # fmt: skip
-    failed = 0
-    arch = torch.cuda.get_device_capability()[0] * 10
-    with patched(backend, _grouped_mm_kernel=Warm(kernel), arch_of=lambda _: arch):
+    failed, arch = 0, torch.cuda.get_device_capability()[0] * 10
+    with patched(backend, _grouped_mm_kernel=Warm(), arch_of=lambda _: arch, arrange=lambda *_: None):
         for config in configs:
             with patched(backend, choose=lambda *_, config=config: config):
                 try:
-                    backend.grouped_mm(x, x_scale, Weight(weight, scale, shards=2 if job.first else 1), rows,
-                                       Gate(activation="silu", gated=True) if job.first else None, fmt,
-                                       out_dtype=torch.bfloat16)  # fmt: skip
+                    backend.grouped_mm(*stand_ins(job), out_dtype=torch.bfloat16)
                 except Exception:  # it fails again, and is reported, when it is timed
                     failed += 1
     return failed

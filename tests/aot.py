@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 OPTIONS = ("num_warps", "num_stages")

@@ -13,11 +13,12 @@ import pairwise
 import pytest
 import torch
 
+import moe_ops.kernels.arrange as arrange_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
 from moe_ops.activation import Gate
 from moe_ops.backends import triton as backend
-from moe_ops.backends.base import Rows, Weight
+from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.formats import FORMATS
 from moe_ops.kernels.configs import Config, Kind, table, tables
 from moe_ops.ops.grouped_mm import scale_shape
@@ -63,23 +64,25 @@ def tensor(shape, dtype):
 def run_product(p: Product) -> None:
     """The call that a layer would make."""
     fmt, dtype = FORMATS[p.format], getattr(torch, p.dtype)
-    weight = Weight(tensor((EXPERTS, WIDTH, p.k), fmt.weight.element.storage or dtype), shards=2)
-    scale = tensor(scale_shape(fmt, weight), torch.float32) if fmt.quantized else None
+    codec, act = fmt.weight, fmt.activation
+    weight = Weight(tensor((EXPERTS, WIDTH, codec.stored(p.k)), codec.element.storage or dtype), shards=2)
+    scale = tensor(scale_shape(fmt, weight), codec.scale_dtype) if fmt.quantized else None
+    above = tensor((EXPERTS, 2), torch.float32) if codec.global_scale else None
     bias = tensor((EXPERTS, WIDTH), dtype) if p.bias else None
-    weight = Weight(weight.qdata, scale, bias=bias, shards=2)
+    weight = Weight(weight.qdata, scale, above, bias=bias, shards=2)
     offsets, index = tensor((EXPERTS + 1,), torch.int32), tensor((ROWS,), torch.int32)
-    x, x_scale = tensor((ROWS, WIDTH if p.transpose else p.k), dtype), None
+    x = Operand(tensor((ROWS, WIDTH if p.transpose else p.k), dtype))
     if p.transpose:
         rows = Rows(offsets)
     else:
         weights = tensor((ROWS,), torch.float32)
         rows = Rows(offsets, read=index, top_k=2) if p.gated else Rows(offsets, write=index, weights=weights)
-        if fmt.activation is not None:
-            codec = fmt.activation
-            columns = -(-p.k // codec.block[1]) if codec.block[1] else 1
-            x, x_scale = tensor(x.shape, codec.element.storage), tensor((ROWS, columns), torch.float32)
+        if act is not None:
+            scales = tensor((ROWS, -(-p.k // act.block[1]) if act.block[1] else 1), act.scale_dtype)
+            above = tensor((ROWS, 1), torch.float32) if act.global_scale else None
+            x = Operand(tensor((ROWS, act.stored(p.k)), act.element.storage), scales, above)
     gate = Gate(activation="silu", gated=True) if p.gated else None
-    backend.grouped_mm(x, x_scale, weight, rows, gate, fmt, out_dtype=dtype, transpose=p.transpose)
+    backend.grouped_mm(x, weight, rows, gate, fmt, out_dtype=dtype, transpose=p.transpose)
 
 
 def run_other(o: Other) -> None:
@@ -97,6 +100,7 @@ def run_other(o: Other) -> None:
 def record(case, pick=None) -> list:
     """(kernel, arguments, options) of the launches of a case; `pick(kind)` gives the configuration."""
     owners = {
+        arrange_kernels: ("_arrange_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
@@ -125,9 +129,14 @@ def products(arch: int) -> list[Product]:
         if transpose and (gated or bias):
             continue
         long = [8192] if FORMATS[name].activation is not None else []
-        for dtype, k in itertools.product(("bfloat16", "float32"), (256, 240, *long)):
+        for dtype, k in itertools.product(("bfloat16", "float32"), (256, uneven(name), *long)):
             cases += variants(Product(arch, name, dtype, transpose, gated, bias, k))
     return thin(cases)
+
+
+def uneven(name: str) -> int:
+    """A K that fills no step along it, where the format takes one."""
+    return next(k for k in (240, 288, 256) if FORMATS[name].check(WIDTH, k) is None)
 
 
 def variants(p: Product) -> list[tuple[Product, set]]:
@@ -138,11 +147,13 @@ def variants(p: Product) -> list[tuple[Product, set]]:
         kinds.append(kind)
         return next(iter(table(kind, p.arch).values()))
 
-    ((kernel, bound, _),) = record(p, spy)
-    plan = (kernel.__name__, str(bound["MMA"]), kinds[0].decoded, bound.get("SCALED"), bound.get("PROMOTE"))
+    *_, (kernel, bound, _) = record(p, spy)
+    decode = bound["DECODE"].__name__, bound["BITS"], bound["ELEMENT"]
+    plan = (kernel.__name__, str(bound["MMA"]), decode, bound.get("SCALED"), bound.get("PROMOTE"))
+    scales = bound["KIND"], bound.get("FOLD"), bound.get("UNIFORM"), bound.get("GROUP_X")
     if kinds[0].mma == "fp32":  # for completeness: models are not served in it
-        plan = plan[:2]
-    pairs = pairwise.pairs({"plan": plan, "bias": p.bias, "gated": p.gated, "even_k": p.k != 240, "format": p.format})
+        plan, scales = plan[:2], None
+    pairs = pairwise.pairs({"plan": plan, "bias": p.bias, "gated": p.gated, "even_k": p.k % 256 == 0, "scales": scales})
     entries = dict.fromkeys(astuple(config) for config in table(kinds[0], p.arch).values())
     core = plan if kinds[0].mma == "fp32" else (plan, p.gated)
     return [(Product(*astuple(p)[:-1], tile), pairs | {(core, tile), (tile, p.bias)}) for tile in entries]
@@ -166,10 +177,10 @@ def listed(arch: int) -> set[tuple]:
 def others(arch: int) -> list[Other]:
     cases = [Other(arch, "sort", "int64", args) for args in ((64, 128), (4096, 128), (100_000, 384))]
     cases += [Other(arch, "sort", "int32", (4096, 8)), Other(arch, "combine", "bfloat16", (8, 2880))]
-    codecs = dict.fromkeys(f.activation.name for f in FORMATS.values() if f.activation is not None)
-    for codec in codecs:
-        cases += [Other(arch, "quantize", "bfloat16", (codec, width, False)) for width in (2880, 16384)]
-        cases.append(Other(arch, "quantize", "bfloat16", (codec, 4096, True)))
+    for codec in dict.fromkeys(f.activation for f in FORMATS.values() if f.activation is not None):
+        cases += [Other(arch, "quantize", "bfloat16", (codec.name, width, False)) for width in (2880, 16384)]
+        if codec.scale_dtype != torch.float8_e8m0fnu:
+            cases.append(Other(arch, "quantize", "bfloat16", (codec.name, 4096, True)))
     return cases
 
 
