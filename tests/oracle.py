@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moe_ops.formats import FORMATS, quantize_weight
 
+# One format for each way to store weights.
+STORED = list({fmt.weight.name: name for name, fmt in reversed(list(FORMATS.items()))}.values())[::-1]
 CASTS = {  # element -> somebody else's definition of it, or how integers are rounded; its range
     "e4m3": (ml_dtypes.float8_e4m3fn, -448, 448),
     "e2m1": (ml_dtypes.float4_e2m1fn, -6, 6),

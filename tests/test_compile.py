@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from oracle import fit
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from toy_moe import HIDDEN, ToyModel, call_args, experts, relative_error, tokens
 
 import moe_ops
-from moe_ops import dequantize_, quantize_
+from moe_ops import FORMATS, dequantize_, quantize_
 from moe_ops.backends import resolve
 
 COUNTS = (3, 2, 7, 64, 65, 300, 1, 0)
@@ -78,6 +79,21 @@ def test_gradients(kind):
     assert set(again) == set(got) and counter.frame_count == 1
     for n in got:
         torch.testing.assert_close(again[n], got[n], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name):
+    """One graph, and the numbers of eager, gradients included."""
+    hidden, intermediate = fit(name, 32, 16)
+    q = quantize_(experts("biases", hidden=hidden, intermediate=intermediate), name)
+    compiled, counter = fullgraph(q)
+    args, grad = call_args(hidden=hidden), torch.randn(11, hidden, generator=torch.Generator().manual_seed(1))
+    want, got = gradients(q, args, grad), gradients(compiled, args, grad)
+    assert set(want) == {"hidden", "topk_weights", "gate_up_proj_bias", "down_proj_bias"} == set(got)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert counter.frame_count == 1 and not counters["graph_break"]
+    with torch.no_grad():
+        assert torch.equal(compiled(*args), q(*args))
 
 
 def training_loss(model, steps=3):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from oracle import STORED, fit
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 from toy_moe import (
@@ -24,7 +25,7 @@ from toy_moe import (
 from toy_moe import relative_error as rel
 
 import moe_ops
-from moe_ops import QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
+from moe_ops import FORMATS, QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
 
 
 def snapshot(model):
@@ -201,6 +202,25 @@ def test_summary():
     assert "layers.*.mlp.experts" in text and "x 2" in text and "ignored (*.shared_expert)" in text and "total" in text
     assert not summary(ToyModel()).rows and "(the model)" in str(summary(quantize_(nn.Linear(64, 64))))
     assert not summary(dequantize_(model)).rows
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_summary_counts_what_is_stored(name):
+    """Bits of an element, and its share of the scales."""
+    codec, (h, i) = FORMATS[name].weight, fit(name, HIDDEN, INTERMEDIATE)
+    model = quantize_(ToyModel(hidden=h, intermediate=i), name)
+    rows = {r.name: r for r in summary(model).rows}
+    numel = EXPERTS * 3 * h * i
+    assert (rows[EXPERTS_AT[0]].format, rows[EXPERTS_AT[0]].bytes_before) == (name, 4 * numel)
+    if not FORMATS[name].quantized:
+        assert rows[EXPERTS_AT[0]].bytes_after == 4 * numel
+        return
+    bn, bk = codec.block
+    scales = sum(s * -(-n // (bn or n)) * -(-k // (bk or k)) for s, n, k in ((2, i, h), (1, h, i)))
+    want = numel * codec.element.bits // 8 + EXPERTS * (scales * codec.scale_dtype.itemsize + 12 * codec.global_scale)
+    assert rows[EXPERTS_AT[0]].bytes_after == want
+    proj = h * h * codec.element.bits // 8 + codec.scale_dtype.itemsize * -(-h // (bn or h)) * -(-h // (bk or h))
+    assert rows["layers.0.proj"].bytes_after == proj + 4 * codec.global_scale
 
 
 # ---- in one step

@@ -1,5 +1,6 @@
 """What quantize_ refuses: a ValueError that says why, and a model that is as it was."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -147,13 +148,51 @@ def test_shapes_that_contradict_the_flags():
 def test_dimensions_that_the_format_cannot_take(monkeypatch):
     codec = type(FORMATS["fp8"].weight)
     monkeypatch.setattr(codec, "check", lambda self, n, k: f"{k} is odd" if k == INTERMEDIATE else None)
-    refused(ToyModel(), "layers.0.mlp.experts: down_proj: 32 is odd.*strict=False")
+    why = "(4, 64, 32) does not fit format 'fp8': 32 is odd"
+    refused(ToyModel(), rf"layers.0.mlp.experts: down_proj {re.escape(why)}.*strict=False")
     model = quantize_(ToyModel(), "fp8", strict=False)
     notes = {r.name: r.note for r in summary(model).rows}
-    assert notes[EXPERTS_AT[0]] == "down_proj: 32 is odd" and notes["layers.0.mlp.shared_expert.2"] == "32 is odd"
+    assert notes[EXPERTS_AT[0]] == f"down_proj {why}"
+    assert notes["layers.0.mlp.shared_expert.2"] == "weight (64, 32) does not fit format 'fp8': 32 is odd"
     assert formats(model)["layers.0.proj"] == "fp8"
-    with pytest.raises(ValueError, match="weight: 32 is odd"):
+    with pytest.raises(ValueError, match=r"weight .* 32 is odd"):
         QuantizedLinear.from_float(nn.Linear(32, 64), "fp8")
+
+
+def test_groups_that_do_not_fill_a_row():
+    """One error that names the module, the shape and the format, whichever of the two projections it is."""
+    model = lambda: ToyModel(intermediate=48)  # noqa: E731
+    why = r"down_proj \(4, 64, 48\) does not fit format 'mxfp4': mxfp4 packs 4-bit codes in groups of 32: 48 is not"
+    refused(model(), rf"layers.0.mlp.experts: {why}", "mxfp4")
+    refused(model(), r"experts: down_proj .* format 'fp8/mxfp4': mxfp4 packs .* 48 is not", "fp8/mxfp4")
+    refused(ToyModel(), r"experts: gate_up_proj \(4, 64, 64\) .* 'int4_g128': .* groups of 128: 64 is not", "int4_g128")
+    left = {r.name: r for r in summary(quantize_(model(), "mxfp4", strict=False)).rows}
+    assert left[EXPERTS_AT[0]].format is None and re.match(why, left[EXPERTS_AT[0]].note)
+    assert left["layers.0.proj"].format == "mxfp4"
+    dense = quantize_(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), "mxfp4")
+    notes = [(r.format, r.note) for r in summary(dense).rows]
+    assert notes[0] == ("mxfp4", "") and notes[1][1].startswith("weight (64, 48) does not fit format 'mxfp4'")
+    e = model().layers[0]["mlp"].experts
+    with pytest.raises(ValueError, match=why):
+        QuantizedExperts.from_float(e.gate_up_proj, e.down_proj, "mxfp4")
+    with pytest.raises(ValueError, match=r"weight \(64, 48\) does not fit format 'mxfp4'"):
+        QuantizedLinear.from_float(nn.Linear(48, 64), "mxfp4")
+    assert formats(quantize_(model(), "mxfp8"))[EXPERTS_AT[0]] == "mxfp8"  # a code is a byte: the last group is short
+
+
+def test_refuses_weights_that_no_op_computes_in():
+    """The module would be swapped, and then its first call would fail."""
+    why = "its weights are torch.float64: ops compute in torch.bfloat16, torch.float16, torch.float32"
+    refused(ToyModel().double(), f"layers.0.mlp.experts: {why}", "fp8")
+    refused(ToyModel().double(), why, {"experts": "bf16"})
+    model = quantize_(ToyModel().double(), "fp8", strict=False)
+    notes = {r.name: r.note for r in summary(model).rows}
+    assert set(formats(model).values()) == {None} and notes["layers.0.proj"].startswith(why)
+    assert notes[EXPERTS_AT[0]].startswith(why)
+    with pytest.raises(ValueError, match=why):
+        QuantizedLinear.from_float(nn.Linear(64, 64).double())
+    with pytest.raises(ValueError, match=why):
+        QuantizedExperts.from_float(torch.randn(2, 64, 32).double(), torch.randn(2, 32, 32).double())
 
 
 def test_a_format_object_must_be_the_registered_one():

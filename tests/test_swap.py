@@ -9,6 +9,7 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
+from oracle import STORED
 from tiny_models import relative_error
 
 import moe_ops
@@ -87,6 +88,28 @@ def test_swapped_experts_compute_what_they_did(name):
     assert set(weight_only.state_dict()) > set(model.state_dict())
     assert set(floats.state_dict()) == set(model.state_dict())
     assert want.shape == tiny.run(both).shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [name for name in STORED if name not in ("bf16", "fp8")])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_way_to_store_weights(name, stored):
+    """In every structure; or one error that says which module cannot."""
+    model, stored = routed(name), f"{stored}/bf16"
+    calls, _ = record_calls(model)
+    for at, (args, _) in calls.items():
+        old = model.get_submodule(at)
+        sizes = [n for p in old.parameters(recurse=False) if p.ndim == 3 for n in p.shape[1:]]
+        if any(moe_ops.FORMATS[stored].check(1, n) for n in sizes):
+            with pytest.raises(ValueError, match=rf"{at}: .*\(.*\) does not fit format '{stored}': .* not a multiple"):
+                moe_ops.quantize_(model, {"experts": stored})
+            return
+    moe_ops.quantize_(model, {"experts": stored})
+    floats = moe_ops.dequantize_(copy.deepcopy(model))
+    for at, (args, _) in calls.items():
+        new, restored = model.get_submodule(at), floats.get_submodule(at)
+        assert isinstance(new, QuantizedExperts) and relative_error(new(*args), restored(*args)) < ROUNDING
+    assert relative_error(tiny.run(model), tiny.run(floats)) < 10 * ROUNDING
 
 
 @torch.no_grad()

@@ -87,14 +87,16 @@ class Block(nn.Module):
 class ToyModel(nn.Module):
     """tokens (T,) -> logits (T, VOCAB)."""
 
-    def __init__(self, make=ToyExperts, layers=2, **kwargs):
+    def __init__(self, make=ToyExperts, layers=2, hidden=HIDDEN, **kwargs):
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.embed = nn.Embedding(VOCAB, hidden)
         self.layers = nn.ModuleList()
+        kwargs |= {} if hidden == HIDDEN else {"hidden": hidden}
         for _ in range(layers):
-            self.layers.append(nn.ModuleDict({"proj": nn.Linear(HIDDEN, HIDDEN), "mlp": Block(make(**kwargs))}))
-        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
+            block = Block(make(**kwargs), hidden)
+            self.layers.append(nn.ModuleDict({"proj": nn.Linear(hidden, hidden), "mlp": block}))
+        self.lm_head = nn.Linear(hidden, VOCAB, bias=False)
 
     def forward(self, tokens):
         x = self.embed(tokens)
