@@ -33,7 +33,7 @@ STEPS = 4000
 
 
 def fail(message: object) -> NoReturn:
-    sys.exit("quickstart: " + " ".join(str(message).split()))
+    sys.exit(f"{Path(sys.argv[0]).stem}: " + " ".join(str(message).split()))  # quality.py runs this code too
 
 
 # Text
@@ -133,7 +133,25 @@ def train(text: bytes, seconds: float, batch: int = 2, window: int = 256, rate: 
     return model.eval().to(torch.bfloat16)
 
 
+def model_and_text(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokenizer, bytes]:
+    """What the options of `add_options` ask for."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    text = read_text(args.text, args.bytes) if args.text else corpus()[1][: args.bytes]
+    model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
+    return model, tokenizer, text
+
+
 # Measurements
+
+
+def cut(text: bytes, tokenizer: Bytes | Tokenizer) -> tuple[Tensor, int]:
+    """Windows (B, S), and the number of bytes that are in them."""
+    ids = tokenizer.encode(text)
+    if len(ids) < WINDOW:
+        fail(f"the text has {len(ids)} tokens; one window takes {WINDOW}")
+    windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+    return windows, round(len(text) * windows.numel() / len(ids))
 
 
 @torch.no_grad()
@@ -194,34 +212,30 @@ def print_table(names: tuple[str, str], before: list[str], after: list[str]) -> 
         print(f"{label:30}" + "".join(f"{cell:>14}" for cell in cells))
 
 
+def add_options(parser: argparse.ArgumentParser, num_bytes: int) -> None:
+    parser.add_argument("--model", metavar="PATH", help="a local checkpoint, instead of training a model")
+    parser.add_argument("--text", metavar="FILE", help="text to measure on, instead of held-out text of the corpus")
+    parser.add_argument("--bytes", type=int, default=num_bytes, metavar="N", help="how much of it (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=110, metavar="N", help="train for so long (%(default)s)")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", metavar="PATH", help="a local checkpoint, instead of training a model")
+    add_options(parser, num_bytes=1 << 15)
     parser.add_argument("--format", default="fp8", metavar="NAME", help="one of moe_ops.FORMATS (%(default)s)")
-    parser.add_argument("--text", metavar="FILE", help="text to measure on, instead of held-out text of the corpus")
-    parser.add_argument("--bytes", type=int, default=1 << 15, metavar="N", help="how much of it (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=110, metavar="N", help="train for so long (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=200, metavar="N", help="of sampled text (%(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Dynamo detected")  # a cached function of transformers
     try:
         name = moe_ops.FORMATS[args.format].name
     except ValueError as error:
         fail(error)
-    text = read_text(args.text, args.bytes) if args.text else corpus()[1][: args.bytes]
-    model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
-
-    ids = tokenizer.encode(text)
-    if len(ids) < WINDOW:
-        fail(f"the text has {len(ids)} tokens; one window takes {WINDOW}")
-    windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)  # (B, S)
-    num_bytes = round(len(text) * windows.numel() / len(ids))
+    model, tokenizer, text = model_and_text(args)
+    windows, num_bytes = cut(text, tokenizer)
 
     float_name = str(model.dtype).removeprefix("torch.")
     before = measure(model, windows, num_bytes)

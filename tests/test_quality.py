@@ -1,34 +1,32 @@
 """A trained model keeps its quality: bits per byte of held-out text, whole model quantized."""
 
-import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 import moe_ops
 
-transformers = pytest.importorskip("transformers")
-MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
+pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import quickstart  # noqa: E402  (it has the measurement)
+
+MODELS = ROOT.parent / "shared" / "models"
 pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="the trained model is not beside the repository")
-CUDA = torch.cuda.is_available()
-WINDOW, WINDOWS = 512, 256 if CUDA else 24
+WINDOWS = 256 if torch.cuda.is_available() else 24
 
 
 def load():
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "tiny-qwen3-moe", dtype=torch.bfloat16)
-    return model.eval().to("cuda" if CUDA else "cpu")
+    return quickstart.load(str(MODELS / "tiny-qwen3-moe"))[0]
 
 
-@torch.no_grad()
-def bits_per_byte(model) -> float:
-    text = torch.frombuffer(bytearray((MODELS / "val.bin").read_bytes()[: WINDOW * WINDOWS]), dtype=torch.uint8)
-    total, windows = 0.0, text.long().view(-1, WINDOW).to(model.device)
-    for batch in windows.split(8):
-        logits = model(batch).logits[:, :-1].float()
-        total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / (windows.shape[0] * (WINDOW - 1)) / math.log(2)
+def bits_per_byte(model):
+    text = quickstart.read_text(str(MODELS / "val.bin"), WINDOWS * quickstart.WINDOW)
+    return quickstart.bits_per_byte(model, *quickstart.cut(text, quickstart.Bytes()))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""examples/quickstart.py, as a user runs it, on models of a second's training; and what it says to mistakes."""
+"""examples/quickstart.py and quality.py, as users run them, on tiny models; and what they say to mistakes."""
 
 import importlib.util
 import os
@@ -85,6 +85,44 @@ def test_training_without_a_compiler(quickstart, monkeypatch, capsys, text):
     assert table(out)["compiled"] == ["-", "-"]
     assert [line for line in out.splitlines() if "No compiled figures" in line and "compiler" in line]
     assert float(table(out)["bits per byte, held-out text"][1]) < 9
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # it imports quickstart
+    import quality
+
+    yield quality
+    del sys.modules["quality"], sys.modules["quickstart"]
+
+
+def test_quality_table(quality, monkeypatch, capsys, checkpoint, text):
+    formats = ["fp8", "bf16", "int4_g128", "mxfp4/mxfp4"]
+    monkeypatch.setattr(
+        sys, "argv", ["quality.py", "--model", str(checkpoint), "--text", str(text), "--formats", *formats]
+    )
+    quality.main()
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert len({len(head), len(rule), *map(len, lines[:2])}) == 1 and set(rule) == {"|", "-"}
+    rows = {name: cells for name, *cells in ([c.strip() for c in line.split("|")[1:]] for line in lines)}
+    assert list(rows) == ["bf16", "fp8", "int4_g128", "mxfp4/mxfp4"]
+    experts, linear = 4 * 3 * 64 * 32, 64 * (64 + 2 * 32) + 64 * 64
+    sizes = {name: int(cells[2].replace(",", "")) for name, cells in rows.items() if cells[2] != "-"}
+    scales = 4 * 4 * (64 + 64) + 4 * (64 + 2 * 32 + 64)
+    assert sizes == {
+        "bf16": 2 * (experts + linear),
+        "fp8": experts + linear + scales,
+        "mxfp4/mxfp4": (experts + linear) * 17 // 32,
+    }
+    assert rows["int4_g128"][:3] == ["-"] * 3 and "groups of 128" in rows["int4_g128"][3]
+    bits = {name: float(rows[name][0]) for name in sizes}
+    assert 7 < bits["bf16"] < 9 and rows["bf16"][1] == "+0.00%"
+    for name in sizes:
+        assert abs(float(rows[name][1].strip("%")) / 100 - (bits[name] / bits["bf16"] - 1)) < 1e-4
+    for mistake, args in {"fp7": ["--formats", "fp7"], "no config.json": ["--model", "/"]}.items():
+        monkeypatch.setattr(sys, "argv", ["quality.py", "--text", str(text), *args])
+        with pytest.raises(SystemExit, match=f"quality: .*{mistake}"):
+            quality.main()
 
 
 def truncated(path, tmp_path):
