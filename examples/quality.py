@@ -1,7 +1,9 @@
 """Bits per byte of a whole model in every format, as a markdown table: its lines are printed as they are found.
 
-python examples/quality.py --model PATH --text FILE     a local checkpoint (a language model with experts)
-python examples/quality.py                              trains quickstart.py's model first, on its corpus
+    python examples/quality.py --model PATH --text FILE     a local checkpoint (a language model with experts)
+    python examples/quality.py                              trains quickstart.py's model first, on its corpus
+
+Change is against bf16, which is not quantized; bytes are those of the modules that formats are for, with their scales.
 """
 
 import argparse
@@ -54,6 +56,8 @@ def main() -> None:
         try:
             bits, summary = measure(model, name, windows, num_bytes)
         except ValueError as error:  # the experts do not fit it
+            if name == FULL:
+                fail(error)
             tqdm.write(line(name, "-", "-", "-") + " " + " ".join(str(error).split()))
             continue
         if name == FULL:
