@@ -124,12 +124,12 @@ def shared_bytes(c: Config, job: Job) -> int:
 
 
 def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
-    """(x, weight, rows, gate, format) of each set, as backends/triton.py's `grouped_mm` takes them."""
+    """(x, its scales, weight, rows, gate, format) of each set."""
     import moe_ops.backends.triton as backend
 
     shape, fmt = peers.SHAPES[job.shape], weights.format
-    q = weights.gate_up if job.first else weights.down
-    w = Weight(q.qdata, q.scale, q.global_scale, shards=2 if job.first else 1)
+    stored = weights.gate_up if job.first else weights.down
+    w = Weight(stored.qdata, stored.scale, stored.global_scale, shards=2 if job.first else 1)
     out = []
     for x, ids, topk_weights in sets:
         order, offsets = backend.Parts.sort_by_expert(ids, shape.experts)
@@ -137,8 +137,9 @@ def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
             offsets, write=order, weights=topk_weights.reshape(-1))  # fmt: skip
         if not job.first:
             x = torch.randn(ids.numel(), shape.intermediate, dtype=x.dtype, device=x.device)
-        operand = Operand(x) if fmt.activation is None else backend.quantize(x, fmt.activation)
-        out.append((operand, w, rows, Gate(activation="silu", gated=True) if job.first else None, fmt))
+        q = Operand(x) if fmt.activation is None else backend.quantize(x, fmt.activation)
+        gate = Gate(activation="silu", gated=True) if job.first else None
+        out.append((q.data, q.scale, q.global_scale, w, rows, gate, fmt))
     return out
 
 
@@ -216,7 +217,7 @@ def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list
         entry: dict[str, Any] = {**asdict(job), "config": asdict(config), "rows_per_expert": job.rows_per_expert}
         try:
             with patched(backend, choose=lambda *_, config=config: config):
-                replay = Replay(lambda *a: backend.grouped_mm(*a, out_dtype=torch.bfloat16), calls)
+                replay = Replay(lambda *a: backend.grouped_mm(Operand(*a[:3]), *a[3:], out_dtype=torch.bfloat16), calls)
                 entry["us"] = replay.time(0.02)
                 out = replay.poisoned_run()[0].float()
             expected = out if expected is None else expected

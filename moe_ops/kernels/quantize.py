@@ -25,11 +25,12 @@ def _load(ptrs, inside):
 
 @triton.jit
 def _row_amax(row_ptr, K, BLOCK: tl.constexpr):
-    k = tl.arange(0, BLOCK)[None, :]
-    amax = tl.zeros((1,), tl.float32)
+    """Of a whole row, as one number."""
+    k = tl.arange(0, BLOCK)
+    amax = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
-        amax = _nan_max(amax, _amax(_load(row_ptr + start + k, start + k < K)))
-    return amax
+        amax = _nan_max(amax, tl.abs(_load(row_ptr + start + k, start + k < K)))
+    return tl.reduce(amax, 0, _nan_max)
 
 
 @triton.jit
@@ -97,10 +98,9 @@ def _quantize_kernel(
         stored, value = RULE(amax, ELEMENT[3], ELEMENT[1], EMAX)
         if SCALE_MAX is not None:
             if not STATIC:
-                g = tl.div_rn(_row_amax(row_ptr, K, 1024), tl.zeros((1,), tl.float32) + ELEMENT[3] * SCALE_MAX)
-                g = tl.where(g == 0.0, 1.0, g)
-                scale = tl.broadcast_to(g, scale.shape)
-            tl.store(global_ptr + m + group * 0, scale, mask=group == 0)
+                scale = tl.div_rn(scale + _row_amax(row_ptr, K, 1024), scale + ELEMENT[3] * SCALE_MAX)
+                scale = tl.where(scale == 0.0, 1.0, scale)
+            tl.store(global_ptr + m + group, scale, mask=group == 0)
             stored = ENCODE_SCALE(tl.div_rn(value, scale), 4, 3, 7, SCALE_MAX)
             if stored.dtype == tl.uint8:
                 scale = e4m3_bits(stored, tl.float32, 4, 3, 7) * scale
