@@ -305,7 +305,23 @@ def test_pairs(weight, activation):
     assert FORMATS.resolve(pair) == FORMATS.resolve(name) == pair
 
 
-@pytest.mark.parametrize("name", ["fp9", "", "fp8/", "/fp8", "fp8/fp9", "fp9/fp8", "fp8/bf16/bf16", "FP8", 8, None])
+UNKNOWN = [
+    "fp9",
+    "",
+    "fp8/",
+    "/fp8",
+    "fp8/fp9",
+    "fp9/fp8",
+    "fp8/bf16/bf16",
+    "fp8/fp8/bf16",
+    "fp8/mxfp4/fp8",
+    "FP8",
+    8,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names_list_the_known_ones(name):
     assert name not in FORMATS and FORMATS.get(name) is None
     for error in (ValueError, KeyError):

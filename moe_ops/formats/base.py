@@ -221,7 +221,7 @@ class Formats(Mapping[str, Format]):
             return self._listed[name]
         weight, slash, activation = name.partition("/") if isinstance(name, str) else ("", "", "")
         if not slash or weight not in self._listed or activation not in self._activations:
-            if slash and weight in self._listed and activation in self._listed:
+            if weight in self._listed and activation in self._listed and "/" not in activation:
                 raise UnknownFormat(f"format {name!r}: {activation} is for weights only, it takes no activations")
             known = ", ".join(self._listed)
             raise UnknownFormat(f"unknown format {name!r}; known: {known}, or any pair weight/activation of them")
