@@ -17,13 +17,13 @@ from moe_ops.formats.fp8 import E4M3, MATRIX, ROW, TILE
 from moe_ops.formats.integer import INT4, INT8, INT8_ROW
 from moe_ops.formats.minifloat import decode_minifloat, encode_minifloat
 from moe_ops.formats.mx import E2M1, E2M3, E3M2
-from moe_ops.formats.nvfp4 import NVFP4
 from moe_ops.formats.packing import pack, unpack
 from moe_ops.formats.scales import amax_over_max, even, floor, rceil
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "format_vectors.json").read_text())
 E5M2 = minifloat("e5m2", exponent_bits=5, mantissa_bits=2, largest=57344.0)  # its top exponent is NaN and infinities
 ELEMENTS = {"e2m1": E2M1, "e2m3": E2M3, "e3m2": E3M2, "e4m3fn": E4M3, "e5m2": E5M2}
+NVFP4 = FORMATS["nvfp4"].weight
 RULES = {"floor": floor, "even": even, "rceil": rceil}
 NO_RULE = {"ceil": "torchao only", "even1": "compressed-tensors' mxfp8 only"}  # loading what they wrote needs no rule
 

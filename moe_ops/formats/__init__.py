@@ -1,6 +1,6 @@
 """Formats are data. To add one made of known elements, register it in its family's file."""
 
-from . import full, fp8, integer, mx, nvfp4  # isort: skip  (the order of the list)
+from . import full, fp8, integer, mx, nvidia  # isort: skip  (the order of the list)
 from .base import FORMATS, Codec, Element, Format, QuantizedTensor, UnknownFormat, dequantize_weight, quantize_weight
 from .minifloat import minifloat
 
@@ -8,4 +8,4 @@ __all__ = [
     "FORMATS", "Codec", "Element", "Format", "QuantizedTensor", "UnknownFormat", "dequantize_weight", "minifloat",
     "quantize_weight",
 ]  # fmt: skip
-del fp8, full, integer, mx, nvfp4
+del fp8, full, integer, mx, nvidia
