@@ -264,9 +264,10 @@ def supports(problem: Problem) -> bool | str:
         return f"has no kernels for {problem.device}"
     if problem.device == "cuda" and problem.arch < 80:
         return f"needs sm_80 or newer, this is sm_{problem.arch}"
-    if problem.dtype not in _TL and problem.dtype != torch.float8_e4m3fn:
+    codecs = _codecs(problem)
+    if problem.dtype not in _TL and all(problem.dtype != codec.element.storage for codec in codecs):
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
-    missing = [reason for codec in _codecs(problem) if (reason := _missing(codec, problem.op == "quantize"))]
+    missing = [reason for codec in codecs if (reason := _missing(codec, problem.op == "quantize"))]
     return "; ".join(missing) if missing else True
 
 
