@@ -57,12 +57,13 @@ def test_layouts(name, kind):
 def test_static_scales_of_activations(name, kind):
     """Those of each row's expert, with the gate in the op and outside of it."""
     codec, q = FORMATS[name].activation, quantize_(experts(kind), name)
-    scales = torch.tensor([0.5, 1.0, 1.5, 2.0]) * 4 / oracle.top_of(codec)
-    for name in q.weight_names():
-        q._parameters[f"{name}_input_scale"] = nn.Parameter(scales, requires_grad=False)
+    scales = torch.tensor([[0.5, 1.0, 1.5, 2.0], [0.9, 0.6, 0.3, 0.7]]) * 4 / oracle.top_of(codec)
+    scales = dict(zip(q.weight_names(), scales))
+    for name, scale in scales.items():
+        q._parameters[f"{name}_input_scale"] = nn.Parameter(scale, requires_grad=False)
     args, floats = call_args(), dequantize_(copy.deepcopy(q))
     rows = floats._linear
-    floats._linear = lambda name, e, x: rows(name, e, oracle.quantized(x, codec, scales[e].expand(len(x), 1)))
+    floats._linear = lambda name, e, x: rows(name, e, oracle.quantized(x, codec, scales[name][e].expand(len(x), 1)))
     assert rel(q(*args), floats(*args)) < 0.01
     copied = pickle.loads(pickle.dumps(q))
     assert torch.equal(copied(*args), q(*args)) and same(copied, q)
