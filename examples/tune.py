@@ -59,8 +59,8 @@ def candidates(job: Job) -> Iterator[Config]:
 def _nibbles(r: float) -> Iterator[Config]:
     """Weights of 4 bits: 128 columns a step, always."""
     if r <= 16:
-        plain = (16, 4, 4), (32, 2, 4), (32, 4, 4), (64, 2, 4), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3)
-        yield from (Config(16, n, 128, w, s) for n, w, s in plain)
+        few = (16, 2, 6), (16, 4, 6), (16, 4, 4), (32, 2, 4), (32, 4, 4), (32, 4, 6)
+        yield from (Config(16, n, 128, w, s) for n, w, s in (*few, (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3)))
         yield from (Config(16, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 4), (128, 8, 3)))
     elif r <= 40:
         yield from (Config(32, n, 128, w, s) for n, w, s in ((32, 4, 4), (64, 4, 3), (128, 8, 3)))

@@ -61,8 +61,8 @@ def multiply(
     ws_ptrs = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse + scale_row * stride_wsn
     if NIBBLES:
         acc, acc_up = accumulate_nibbles(
-            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk, stride_wsk, MMA, DECODE, ELEMENT,
-            KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, GATED, EVEN_K, SWAP,
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk,
+            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, GATED, EVEN_K, SWAP,
         )  # fmt: skip
     else:
         acc, acc_up = accumulate(

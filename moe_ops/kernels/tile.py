@@ -94,10 +94,11 @@ def mma(x, w, acc, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
 
     PROMOTE: how many products of fp8 are summed before the sum joins an fp32 register; None leaves it to the chip.
     """
+    sums: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
     if SWAP:
-        return tl.dot(w, x.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        return tl.dot(w, x.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE, out_dtype=sums)
     else:
-        return tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
+        return tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=PROMOTE, out_dtype=sums)
 
 
 @triton.jit
@@ -135,20 +136,22 @@ def scaled(part, xs, ws_ptr, UNIFORM: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def scale_tile(
-    ws_ptrs, k, K, stride_wsk, TYPE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
-    COLUMNS: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """Scales of SPAN columns of K from k on, (BN, SPAN / GROUP), spread evenly over COLUMNS columns of a tile."""
-    rows: tl.constexpr = ws_ptrs.shape[0]
-    groups: tl.constexpr = max(SPAN // GROUP, 1)
-    g = tl.arange(0, groups)
-    ptrs = ws_ptrs[:, None] + (k // GROUP + g)[None, :] * stride_wsk
-    s = scale_value(load_k(ptrs, (k + g * GROUP)[None, :] < K, EVEN_K), TYPE, KIND)
+def load_scales(ws_ptrs, k, K, stride_wsk, GROUP: tl.constexpr, SPAN: tl.constexpr):
+    """Scales of SPAN columns of K from k on, as they are stored: (BN, SPAN / GROUP)."""
+    first = k // GROUP + tl.arange(0, max(SPAN // GROUP, 1))[None, :]
+    return tl.load(ws_ptrs[:, None] + first * stride_wsk, mask=first * GROUP < K, other=0.0)
+
+
+@triton.jit
+def spread_scales(s, TYPE: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """(BN, groups) as they are stored -> their values, spread evenly over the columns of a tile."""
+    rows: tl.constexpr = s.shape[0]
+    groups: tl.constexpr = s.shape[1]
+    value = scale_value(s, TYPE, KIND) if s.dtype != TYPE else s
     if groups == 1:
-        return s
+        return value
     else:
-        return tl.broadcast_to(s[:, :, None], (rows, groups, COLUMNS // groups)).reshape(rows, COLUMNS)
+        return tl.broadcast_to(value[:, :, None], (rows, groups, COLUMNS // groups)).reshape(rows, COLUMNS)
 
 
 @triton.jit
@@ -190,25 +193,35 @@ def accumulate_nibbles(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     acc_up = acc
     TYPE: tl.constexpr = MMA if MMA == tl.bfloat16 and KIND != "float32" else tl.float32
+    AHEAD: tl.constexpr = FOLD > 0 and FOLD < 128  # scales of bytes: not copied ahead of time, they would be waited for
+    s = tl.full((BLOCK_N, 1), 1.0, TYPE)
+    su = s
+    if AHEAD:
+        s = load_scales(ws_ptrs, 0, K, stride_wsk, FOLD, 128)
+        su = load_scales(ws_ptrs + up_ws, 0, K, stride_wsk, FOLD, 128) if GATED else s
     for k in range(0, K, 128):
         inside = (k + 8 * i)[None, :] < K
         w = load_k(w_ptrs, inside, EVEN_K)
         part = acc if xs_ptrs is None else tl.zeros_like(acc)
-        part_up = part
-        s = tl.full((1, 1), 1.0, TYPE)
-        su = s
-        if FOLD:
-            s = scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, EVEN_K)
+        part_up, u, us = part, w, 0
+        if FOLD and not AHEAD:
+            s = load_scales(ws_ptrs, k, K, stride_wsk, FOLD, 128)
+        ws = spread_scales(s, TYPE, KIND, 32)
+        if AHEAD:
+            s = load_scales(ws_ptrs, k + 128, K, stride_wsk, FOLD, 128)
         if GATED:
             u = load_k(w_ptrs + up_w, inside, EVEN_K)
             part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
-            if FOLD:
-                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, 128, 32, EVEN_K)
+            if FOLD and not AHEAD:
+                su = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, FOLD, 128)
+            us = spread_scales(su, TYPE, KIND, 32)
+            if AHEAD:
+                su = load_scales(ws_ptrs + up_ws, k + 128, K, stride_wsk, FOLD, 128)
         for p in tl.static_range(4):
             x = tl.load(x_ptrs + 32 * p)
-            part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * s).to(MMA), part, SWAP, None)
+            part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * ws).to(MMA), part, SWAP, None)
             if GATED:
-                part_up = mma(x, (plane(u, p, TYPE, DECODE, ELEMENT) * su).to(MMA), part_up, SWAP, None)
+                part_up = mma(x, (plane(u, p, TYPE, DECODE, ELEMENT) * us).to(MMA), part_up, SWAP, None)
         if xs_ptrs is None:
             acc, acc_up = part, part_up
         else:
@@ -245,7 +258,8 @@ def accumulate(
         x = load_k(x_ptrs, (k + kk)[None, :] < K, EVEN_K).to(MMA)
         w = DECODE(load_codes(w_ptrs, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
         if FOLD:
-            w = (w * scale_tile(ws_ptrs, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, EVEN_K)).to(MMA)
+            s = load_scales(ws_ptrs, k, K, stride_wsk, FOLD, BLOCK_K)
+            w = (w * spread_scales(s, TYPE, KIND, BLOCK_K)).to(MMA)
         xs = tl.full((), 1.0, tl.float32)
         if xs_ptrs is not None:
             xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
@@ -254,8 +268,8 @@ def accumulate(
         if GATED:
             u = DECODE(load_codes(w_ptrs + up_w, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
             if FOLD:
-                su = scale_tile(ws_ptrs + up_ws, k, K, stride_wsk, TYPE, KIND, FOLD, BLOCK_K, BLOCK_K, EVEN_K)
-                u = (u * su).to(MMA)
+                s = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, FOLD, BLOCK_K)
+                u = (u * spread_scales(s, TYPE, KIND, BLOCK_K)).to(MMA)
             at = at + up_ws if at is not None else None
             acc_up = scaled_mma(x, u, acc_up, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
         x_ptrs += BLOCK_K * stride_xk
