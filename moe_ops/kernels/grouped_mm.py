@@ -34,8 +34,8 @@ def multiply(
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
     stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def multiply(
     if NIBBLES:
         acc, acc_up = accumulate_nibbles(
             x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk,
-            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, GATED, EVEN_K, SWAP,
+            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, AHEAD, GATED, EVEN_K, SWAP,
         )  # fmt: skip
     else:
         acc, acc_up = accumulate(
@@ -100,8 +100,8 @@ def _grouped_mm_kernel(
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
     stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
     PROMOTE: tl.constexpr, SHORT: tl.constexpr,
@@ -125,7 +125,7 @@ def _grouped_mm_kernel(
                 expert, first, end, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
                 stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse,
                 stride_wsn, stride_wsk, stride_wce, stride_wcn, stride_be, stride_om, MMA, DECODE, ELEMENT, BITS, KIND,
-                ACT, GATED, SCALED, FOLD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM, INTERLEAVED, EVEN_K,
+                ACT, GATED, SCALED, FOLD, AHEAD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM, INTERLEAVED, EVEN_K,
                 SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
             )  # fmt: skip
 
