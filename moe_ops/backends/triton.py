@@ -143,7 +143,8 @@ def _prepare(x: Operand, fmt: Format, plan: Plan, k: int) -> _Rows:
     data, codec = x.data if x.data.stride(-1) == 1 else x.data.contiguous(), fmt.activation
     nibbles = plan.decoded == 4
     if x.scale is None or codec is None:
-        return _Rows(_arranged(data, None, None, plan, k, data.dtype) if nibbles else data, None, None)
+        dtype = torch.float32 if interpreted() else data.dtype  # of the product: it is not cast again
+        return _Rows(_arranged(data, None, None, plan, k, dtype) if nibbles else data, None, None)
     group = _group(codec)
     inside = x.scale if group and group % 128 else None  # multiplied in, exact where it is a power of two or e4m3
     outside = x.global_scale if codec.global_scale else None if inside is not None else x.scale
