@@ -149,7 +149,8 @@ def variants(p: Product) -> list[tuple[Product, set]]:
 
     *_, (kernel, bound, _) = record(p, spy)
     decode = bound["DECODE"].__name__, bound["BITS"], bound["ELEMENT"]
-    plan = (kernel.__name__, str(bound["MMA"]), decode, bound.get("SCALED"), bound.get("PROMOTE"))
+    types = bound.get("X_TYPE"), bound.get("W_TYPE")
+    plan = (kernel.__name__, str(bound["MMA"]), decode, types, bound.get("SCALED"), bound.get("PROMOTE"))
     scales = bound["KIND"], bound.get("FOLD"), bound.get("UNIFORM"), bound.get("GROUP_X")
     if kinds[0].mma == "fp32":  # for completeness: models are not served in it
         plan, scales = plan[:2], None

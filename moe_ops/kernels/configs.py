@@ -34,9 +34,9 @@ class Config:
 class Kind:
     """What a configuration depends on.
 
-    The MMA ("fp8", "int8", "bf16" for both halves, "fp32"); of how many bits weights are that become its type in
-    registers; whether sums leave the tensor core every K block, for scales or for precision; whether gate and up are
-    computed together; whether there is a bias (two more vectors of registers in the epilogue).
+    The MMA ("fp8", "int8", "scaled" by blocks, "bf16" for both halves, "fp32"); of how many bits weights are that
+    become its type in registers; whether sums leave the tensor core every K block, for scales or for precision;
+    whether gate and up are computed together; whether there is a bias (two more vectors of registers in the epilogue).
     """
 
     mma: str
@@ -59,6 +59,10 @@ SMALL: dict[Kind, Table] = {
         16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
+    Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 3), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
+    Kind("bf16", decoded=4, gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 32, 128, 4, 2, group_m=8)},
+    Kind("scaled"): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 64, 128, 4, 2, group_m=8)},
+    Kind("scaled", gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(64, 32, 128, 4, 2, group_m=8)},
     Kind("fp32"): {16: Config(16, 32, 16, 4, 2), MANY: Config(64, 32, 16, 4, 2, group_m=8)},
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
     Kind("bf16", transposed=True): {16: Config(16, 64, 32, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
@@ -149,6 +153,8 @@ BLACKWELL: dict[Kind, Table] = {
     Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("scaled"): {MANY: Config(128, 64, 128, 8, 3, group_m=8)},  # the block-scaled product has 128 rows
+    Kind("scaled", gated=True): {MANY: Config(128, 32, 128, 4, 3, group_m=8)},
     Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", promoted=True): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},

@@ -238,6 +238,34 @@ def accumulate_nibbles(
 
 
 @triton.jit
+def accumulate_scaled(
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
+    X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` by a tensor core that takes codes, named as Triton does, and the scales of their groups.
+
+    x_ptrs (BM, BK) and w_ptrs (BN, BK), half as many columns where two codes are a byte.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = acc
+    X: tl.constexpr = 2 if X_TYPE == "e2m1" else 1  # codes in a byte
+    W: tl.constexpr = 2 if W_TYPE == "e2m1" else 1
+    xx, ww = X * tl.arange(0, BLOCK_K // X)[None, :], W * tl.arange(0, BLOCK_K // W)[None, :]
+    for k in range(0, K, BLOCK_K):
+        x, xs = load_k(x_ptrs, k + xx < K, EVEN_K), load_scales(xs_ptrs, k, K, stride_xsk, GROUP, BLOCK_K)
+        w, ws = load_k(w_ptrs, k + ww < K, EVEN_K), load_scales(ws_ptrs, k, K, stride_wsk, GROUP, BLOCK_K)
+        acc = tl.dot_scaled(x, xs, X_TYPE, w.T, ws, W_TYPE, acc)
+        if GATED:
+            u = load_k(w_ptrs + up_w, k + ww < K, EVEN_K)
+            us = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, GROUP, BLOCK_K)
+            acc_up = tl.dot_scaled(x, xs, X_TYPE, u.T, us, W_TYPE, acc_up)
+        x_ptrs += BLOCK_K // X * stride_xk
+        w_ptrs += BLOCK_K // W * stride_wk
+    return acc, acc_up
+
+
+@triton.jit
 def accumulate(
     x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
