@@ -95,7 +95,8 @@ class Plan:
 
 
 @cache
-def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, k: int, arch: int) -> Plan:
+def _plan(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: int) -> Plan:
+    """dtype: that of x, or of the result where x is codes."""
     native, weight, act = has_fp8(arch), fmt.weight, fmt.activation if quantized_x else None
     group, group_x = _group(weight), _group(act)
     fold = group if group and (group % 128 or weight.element.bits == 4) else 0
@@ -108,8 +109,11 @@ def _plan(fmt: Format, x_dtype: torch.dtype, quantized_x: bool, k: int, arch: in
         return Plan("int8", tl.int8, decode, native, 0, True, fold, None)
     if act is not None and arch >= 100 and (types := _scaled_types(act, weight, arch)):
         return Plan("scaled", tl.uint8, decode, native, 0, True, fold, None, types)
-    # codes are exact in bf16; the interpreter multiplies in fp32
-    dot = tl.float32 if interpreted() else tl.bfloat16 if act is not None else _TL[x_dtype]
+    # Codes are exact in bf16, and so are their products with shared exponents and e4m3 scales. With other scales they are
+    # rounded to it, which is too little for results of another type. The interpreter multiplies in fp32.
+    rounds = bool(fold) and weight.scale_dtype not in (torch.float8_e8m0fnu, torch.float8_e4m3fn)
+    exact = act is not None and not (rounds and dtype != torch.bfloat16)
+    dot = tl.float32 if interpreted() else tl.bfloat16 if exact else tl.float32 if act is not None else _TL[dtype]
     decoded = 0 if weight.element.storage is None else weight.element.bits
     return Plan("fp32" if dot is tl.float32 else "bf16", dot, decode, native, decoded, False, fold, None)
 
@@ -172,7 +176,7 @@ def _prepare(x: Operand, fmt: Format, plan: Plan, k: int) -> _Rows:
     outside = x.global_scale if codec.global_scale else None if inside is not None else x.scale
     along_k = outside if outside is not None and outside.ndim == 2 and outside.shape[1] > 1 else None
     if not plan.codes_x:
-        data = _arranged(data, inside, codec, plan, k, torch.float32 if interpreted() else torch.bfloat16)
+        data = _arranged(data, inside, codec, plan, k, torch.float32 if plan.mma == "fp32" else torch.bfloat16)
     return _Rows(data, along_k, None if along_k is not None else outside)
 
 
@@ -211,7 +215,7 @@ def grouped_mm(
     out = torch.empty(num_rows, width, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
-    plan = _plan(fmt, x.dtype, operand.scale is not None, k, arch)
+    plan = _plan(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
     prepared = None if transpose else _prepare(operand, fmt, plan, k)
     along_k = _group(fmt.weight) and not plan.fold
     scaled = prepared is not None and plan.types is None and bool(along_k or prepared.along_k is not None)

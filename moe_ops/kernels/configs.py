@@ -92,7 +92,7 @@ HOPPER: dict[Kind, Table] = {
     # 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
     # operand they stay in registers.
     Kind("bf16", decoded=4): {
-        12: Config(16, 128, 128, 4, 3, few=100, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
         40: Config(32, 128, 128, 8, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
         300: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
         MANY: Config(128, 64, 128, 4, 2, swap=True, group_m=8, short=64),
