@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs under torch.compile, generation, memory. Kernels themselves: test_kernels.py."""
+"""What only a GPU shows: CUDA graphs under torch.compile, generation, memory. Of kernels: test_kernels_gpu.py."""
 
 import pytest
 import torch
