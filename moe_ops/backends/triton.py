@@ -109,8 +109,8 @@ def _plan(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: int)
         return Plan("int8", tl.int8, decode, native, 0, True, fold, None)
     if act is not None and arch >= 100 and (types := _scaled_types(act, weight, arch)):
         return Plan("scaled", tl.uint8, decode, native, 0, True, fold, None, types)
-    # Codes are exact in bf16, and so are their products with shared exponents and e4m3 scales. With other scales they are
-    # rounded to it, which is too little for results of another type. The interpreter multiplies in fp32.
+    # Codes are exact in bf16, and so are their products with shared exponents and e4m3 scales. With other scales they
+    # are rounded to it, which is too little for results of another type. The interpreter multiplies in fp32.
     rounds = bool(fold) and weight.scale_dtype not in (torch.float8_e8m0fnu, torch.float8_e4m3fn)
     exact = act is not None and not (rounds and dtype != torch.bfloat16)
     dot = tl.float32 if interpreted() else tl.bfloat16 if exact else tl.float32 if act is not None else _TL[dtype]
