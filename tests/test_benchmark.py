@@ -20,6 +20,8 @@ import _bench_table as table  # noqa: E402
 import _bench_timing as timing  # noqa: E402
 import benchmark  # noqa: E402
 
+from moe_ops.formats import FORMATS  # noqa: E402
+
 CPU = torch.device("cpu")
 TINY = peers.SHAPES["tiny"]
 ANCHORS = json.loads(table.ANCHORS.read_text())
@@ -77,9 +79,12 @@ def test_multiples_of_the_shipped_peers_are_their_times_over_these_floors():
         if tokens > 1 and tokens * s.top_k < 8 * s.experts:
             continue  # how many experts were touched depends on the routing
         touched = s.top_k if tokens == 1 else s.experts
-        low = name in ("fp8", "fp8_block")
-        tflops = CEILINGS.fp8_tflops if low else CEILINGS.bf16_tflops
-        got = floors(shape, tokens, touched, 2 if name == "bf16" else 1, tflops)
+        fmt = FORMATS[name]
+        tflops = CEILINGS.bf16_tflops if fmt.activation is None else CEILINGS.fp8_tflops
+        size = fmt.weight.element.bits / 8  # bytes per weight
+        if fmt.weight.block and fmt.weight.block[0] == 1 and fmt.weight.block[1]:
+            size += fmt.weight.scale_dtype.itemsize / fmt.weight.block[1]
+        got = floors(shape, tokens, touched, size, tflops)
         assert shipped.us / got.roofline == pytest.approx(shipped.roofline, rel=0.01), (name, shape, tokens)
         assert shipped.us / got.stream == pytest.approx(shipped.stream, rel=0.01), (name, shape, tokens)
 

@@ -62,7 +62,7 @@ SMALL: dict[Kind, Table] = {
     Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 3), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
     Kind("bf16", decoded=4, gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 32, 128, 4, 2, group_m=8)},
     Kind("scaled"): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 64, 128, 4, 2, group_m=8)},
-    Kind("scaled", gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(64, 32, 128, 4, 2, group_m=8)},
+    Kind("scaled", gated=True): {16: Config(16, 32, 128, 4, 2), MANY: Config(64, 32, 128, 4, 2, group_m=8)},
     Kind("fp32"): {16: Config(16, 32, 16, 4, 2), MANY: Config(64, 32, 16, 4, 2, group_m=8)},
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
     Kind("bf16", transposed=True): {16: Config(16, 64, 32, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
