@@ -171,7 +171,7 @@ def test_routes(name, rows, route, monkeypatch):
     if not torch.cpu._is_vnni_supported() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("other routes on this CPU")
     taken = []
-    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_bf16_twice", "_grouped", "_fp32"):
+    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_grouped", "_fp32"):
         f = getattr(torch_native, known)
         monkeypatch.setattr(torch_native, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
     check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())

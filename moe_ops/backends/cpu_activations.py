@@ -65,8 +65,8 @@ class Taken:
         """
         if self._halves is None:
             x = self.values.float()
-            size = (x.abs().sum(1, keepdim=True) * max(largest, 1.0)).clamp_(2.0**-112, 2.0**127)
-            power = size.view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32) * 2.0**-14
+            size = x.abs().sum(1, keepdim=True).mul_(max(largest, 1.0)).clamp_(2.0**-112, 2.0**127)
+            power = size.view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32).mul_(2.0**-14)
             self._halves = to_planes((x / power).half(), self._planes), power
         return self._halves
 

@@ -7,6 +7,7 @@ X experts of a run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..formats import Codec
 from .base import Weight
-from .cpu_decode import decoder, half_scales, half_top, scale_values, spread
+from .cpu_decode import Decoder, decoder, half_scales, half_top, scale_values, spread
 
 _BLOCK = 1 << 20  # numbers in a block: 2 MB of halves, and Python's share of its time stays below a tenth
 _SIGNIFICAND = {torch.float8_e8m0fnu: 1, torch.float8_e4m3fn: 4, torch.bfloat16: 8}
@@ -22,15 +23,38 @@ _SIGNIFICAND = {torch.float8_e8m0fnu: 1, torch.float8_e4m3fn: 4, torch.bfloat16:
 Block = tuple[int, int, Tensor]  # rows a to b of a matrix, and their numbers
 
 
-def scale_bits(codec: Codec) -> int:
-    """Bits of a scale's significand."""
+def significand(codec: Codec) -> int:
+    """Bits of an element, times its scale if that changes along K."""
+    return codec.element.mantissa_bits + 1 + (_scale_bits(codec) if codec.block and codec.block[1] else 0)
+
+
+def _scale_bits(codec: Codec) -> int:
     return _SIGNIFICAND.get(codec.scale_dtype, 24)
 
 
-def significand(codec: Codec) -> int:
-    """Bits of an element, times its scale if that changes along K."""
-    grouped = codec.block is not None and codec.block[1] > 0
-    return codec.element.mantissa_bits + 1 + (scale_bits(codec) if grouped else 0)
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a codec alone."""
+
+    decode: Decoder
+    bits: int  # of the significand
+    each: int  # lanes that share a scale; 0: scales do not change along K
+    is_bytes: bool  # codes are int8, and scales do not change along K
+    fits_half: bool  # `Matrix.halves` is exact
+    largest_half: float  # and no magnitude in it is larger
+
+
+@cache
+def plan_of(codec: Codec) -> Plan:
+    found = decoder(codec.element)
+    assert found is not None and codec.block is not None
+    group, bits, largest = codec.block[1], significand(codec), found.largest
+    one_byte = codec.scale_dtype.itemsize == 1
+    if group and one_byte:
+        largest *= 2.0 ** (half_top(codec.scale_dtype, found) + 1)
+    fits = found.dtype == torch.float16 and bits <= 11 and largest < 2**15
+    fits = fits and (not group or (one_byte and not group // found.planes % 4))
+    return Plan(found, bits, group // found.planes, found.is_bytes and not group, fits, largest)
 
 
 @cache
@@ -47,15 +71,12 @@ class Matrix:
     """A projection of all experts: value = block * channels. Rows are in the order that is stored."""
 
     def __init__(self, weight: Weight, codec: Codec):
-        found = decoder(codec.element)
-        assert found is not None and codec.block is not None and weight.scale is not None
-        self.weight, self.codec, self.decode, self.scale = weight, codec, found, weight.scale
-        self.n, self.k, self.planes = weight.qdata.shape[1], codec.columns(weight.qdata.shape[2]), found.planes
+        assert weight.scale is not None and codec.block is not None
+        self.weight, self.codec, self.scale, self.plan = weight, codec, weight.scale, plan_of(codec)
+        self.n, self.k = weight.qdata.shape[1], codec.columns(weight.qdata.shape[2])
         self.block_n, self.group = codec.block
-        self.each = self.group // found.planes  # lanes that share a scale
+        self.decode, self.planes, self.each = self.plan.decode, self.plan.decode.planes, self.plan.each
         self.whole = not self.group or not self.k % self.group  # no group is partial
-        self.bits = significand(codec)
-        self.is_bytes = found.is_bytes and not self.group
         self._rows = max(1, min(self.n, _BLOCK // max(self.k, 1)))
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
 
@@ -93,7 +114,7 @@ class Matrix:
         codes = self.codes(e)
         for a in range(0, self.n, self._rows):
             b = min(a + self._rows, self.n)
-            if self.is_bytes:
+            if self.plan.is_bytes:
                 yield a, b, codes[a:b, None]
             else:
                 out = self._buffer(self.decode.dtype, b - a)
@@ -113,27 +134,16 @@ class Matrix:
         """block (B, P, L) times groups (B, G), in place."""
         if self.each >= 16 and self.whole:  # torch's product with a number for each run takes vectors of 16 floats
             block.view(*block.shape[:2], -1, self.each).mul_(groups[:, None, :, None])
-        elif self.each % 4 or not self.whole or scale_bits(self.codec) > 8:
+        elif self.each % 4 or not self.whole or _scale_bits(self.codec) > 8:
             block.mul_(groups.repeat_interleave(self.each, 1)[:, None, : block.shape[2]])
         else:
             block.mul_(spread(groups.bfloat16(), self.each).float())
 
     def bf16(self, e: int) -> Iterator[Block]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
-        for a, b, block in self.decoded(e) if self.is_bytes else self.floats(e):
+        for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
             out = self._buffer(torch.bfloat16, b - a)
             yield a, b, out.copy_(block.view_as(out)).flatten(1)
-
-    @property
-    def fits_half(self) -> bool:
-        """Whether `halves` can be."""
-        few = not self.group or (self.codec.scale_dtype.itemsize == 1 and not self.each % 4 and self.whole)
-        return few and self.decode.dtype == torch.float16 and self.bits <= 11 and self.largest_half < 2**15
-
-    @property
-    def largest_half(self) -> float:
-        """What no magnitude in `halves` exceeds."""
-        return self.decode.largest * (2.0 ** (half_top(self.scale.dtype, self.decode) + 1) if self.group else 1.0)
 
     def half_scales(self, experts: Tensor | slice) -> tuple[Tensor, Tensor] | None:
         """Of X experts, for `halves`: (X, N, G) and the unit (X, N) of the products."""

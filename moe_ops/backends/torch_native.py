@@ -19,7 +19,6 @@ R sorted rows, or those of a run of experts, M of one expert, E experts, N outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -48,11 +47,9 @@ class Run:
         self.spans = spans  # expert, first row, row after its last
         self.rows = slice(spans[0][1], spans[-1][2])
 
-    @cached_property
     def experts(self) -> Tensor | slice:
         return self._index([e for e, *_ in self.spans])
 
-    @cached_property
     def owners(self) -> Tensor | slice:
         """Expert of each row; one for all of them if there is one."""
         return self._index([e for e, a, b in self.spans for _ in range(a, b)])
@@ -84,32 +81,33 @@ def grouped_mm(
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the reference's."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return grouped_mm(x, weight, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose)
     matrix = Matrix(weight, fmt.weight)
     activations = Activations(x, fmt.activation, 1 if transpose else matrix.planes)
+    rounded, twice = out_dtype == torch.bfloat16, gate is not None and fmt.activation is not None
     width = matrix.k if transpose else matrix.n // 2 if gate and gate.gated else matrix.n
     num_rows = x.data.shape[0] if rows.read is None else rows.read.shape[0]
     out = x.data.new_zeros(num_rows, width, dtype=out_dtype)
     read = None if rows.read is None else rows.read // rows.top_k
-    twice = gate is not None and fmt.activation is not None
-    with torch.autocast("cpu", enabled=False):
-        for run in _runs([0, num_rows] if rows.offsets is None else rows.offsets.tolist()):
-            taken = activations.take(run.rows if read is None else read[run.rows])
-            if transpose:
-                y = _transposed(matrix, taken, run)
-            else:
-                y = _product(matrix, taken, run, out_dtype == torch.bfloat16, twice)
-                y = _finish(y, weight, run, gate, out_dtype)
-            write = run.rows if rows.write is None else rows.write[run.rows].long()
-            if rows.weights is not None:
-                y = y.float() * rows.weights[write][:, None]
-            out[write] = y.to(out_dtype)
+    for run in _runs([0, num_rows] if rows.offsets is None else rows.offsets.tolist()):
+        taken = activations.take(run.rows if read is None else read[run.rows])
+        if transpose:
+            y = _transposed(matrix, taken, run)
+        else:
+            y = _finish(_product(Product(matrix, taken, run, rounded, twice)), weight, run, gate, out_dtype)
+        write = run.rows if rows.write is None else rows.write[run.rows].long()
+        if rows.weights is not None:
+            y = y.float() * rows.weights[write][:, None]
+        out[write] = y.to(out_dtype)
     return out
 
 
 def _finish(y: Tensor, w: Weight, run: Run, gate: Gate | None, out_dtype: torch.dtype) -> Tensor:
     """y (R, N) fp32, channels as stored: bias, gate first, one cast, activation."""
     if w.bias is not None:
-        y = y + w.bias[run.owners].float()
+        y = y + w.bias[run.owners()].float()
     if w.interleaved:
         y = deinterleave(y)
     return y if gate is None else run_gate(gate, y.to(out_dtype))
@@ -117,7 +115,7 @@ def _finish(y: Tensor, w: Weight, run: Run, gate: Gate | None, out_dtype: torch.
 
 def _transposed(matrix: Matrix, x: Taken, run: Run) -> Tensor:
     """x (R, N), gate first -> (R, K)"""
-    rows, channels = x.floats, matrix.channels(run.owners)
+    rows, channels = x.floats, matrix.channels(run.owners())
     rows = interleave(rows) if matrix.weight.interleaved else rows
     rows = rows if channels is None else rows * channels
     out = rows.new_zeros(rows.shape[0], matrix.k)
@@ -127,93 +125,103 @@ def _transposed(matrix: Matrix, x: Taken, run: Run) -> Tensor:
     return from_planes(out, matrix.planes)
 
 
-def _product(matrix: Matrix, x: Taken, run: Run, rounded: bool, twice: bool) -> Tensor:
-    """(R, N) fp32, channels as stored. rounded: for a result in bf16; twice: which is made into codes."""
-    y = torch.empty(x.values.shape[0], matrix.n, dtype=torch.float32, device=x.values.device)
-    few = [rounded and x.exact and matrix.fits_half and mine.stop - mine.start <= _HALF_ROWS for _, _, mine in run]
-    scales = matrix.half_scales(run.experts) if any(few) else None
-    for i, e, mine in run:
-        if few[i]:
-            _half(matrix, e, x, mine, y[mine], twice, None if scales is None else (scales[0][i], scales[1][i]))
-        else:
-            _route(matrix, x, mine.stop - mine.start, rounded, twice)(matrix, e, x, mine, y[mine])
-    for scale in (matrix.channels(run.owners), x.scale):
+class Product:
+    """What is multiplied, and how it may be rounded before its scales."""
+
+    def __init__(self, matrix: Matrix, x: Taken, run: Run, rounded: bool, twice: bool):
+        self.matrix, self.x, self.run = matrix, x, run
+        self.rounded = rounded and x.exact  # to bf16 or half, for the result is bf16
+        self.twice = twice  # if so, not without making the product again
+        self.few = _HALF_ROWS if self.rounded and matrix.plan.fits_half and matrix.whole else 0  # rows for `_half`
+        scaled = matrix.group and any(b - a <= self.few for _, a, b in run.spans)
+        self.half_scales = matrix.half_scales(run.experts()) if scaled else None
+
+
+def _product(p: Product) -> Tensor:
+    """(R, N) fp32, channels as stored."""
+    y = p.x.values.new_empty(p.x.values.shape[0], p.matrix.n, dtype=torch.float32)
+    for i, e, mine in p.run:
+        _route(p, mine.stop - mine.start)(p, i, e, mine, y[mine])
+    for scale in (p.matrix.channels(p.run.owners()), p.x.scale):
         if scale is not None:
             y *= scale
     return y
 
 
-def _route(matrix: Matrix, x: Taken, m: int, rounded: bool, twice: bool) -> Callable:
-    bytes_ = matrix.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
+def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], None]:
+    """For m rows: a function of the product, position in the run, expert and its rows, that fills what it is given."""
+    if m <= p.few:
+        return _half
+    matrix, x, plan = p.matrix, p.x, p.matrix.plan
+    bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and torch.cpu._is_vnni_supported()  # else sums of int8 products may saturate
-    bf16 = rounded and x.exact and matrix.bits <= 8 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if vnni and x.codes is not None:
         return _int8
-    if bytes_ and bf16 and not twice and m <= _BYTES_ROWS:
+    if bytes_ and p.rounded and not p.twice and m <= _BYTES_ROWS:
         return _bytes
     if vnni and x.exact and m <= _DIGITS_ROWS:
         return _digits
-    if bf16 and not (twice and m <= _CHUNKED_ROWS):
-        return _bf16_twice if twice else _bf16
-    return _grouped if m <= _CHUNKED_ROWS and matrix.each >= _CHUNK // 2 and matrix.whole else _fp32
+    bf16 = plan.bits <= 8 and p.rounded and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if bf16 and (m > _CHUNKED_ROWS or not p.twice):
+        return _bf16
+    return _grouped if plan.each >= _CHUNK // 2 and m <= _CHUNKED_ROWS and matrix.whole else _fp32
 
 
-def _int8(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    assert x.codes is not None
-    out.copy_(torch._int_mm(matrix.codes(e), x.codes[mine].t()).t())
+def _int8(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    assert p.x.codes is not None
+    out.copy_(torch._int_mm(p.matrix.codes(e), p.x.codes[mine].t()).t())
 
 
-def _bytes(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    ones = x.bf16.new_ones(matrix.n)
-    out.copy_(torch._weight_int8pack_mm(x.bf16[mine], matrix.codes(e), ones))
+def _bytes(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    x = p.x.bf16[mine]
+    out.copy_(torch._weight_int8pack_mm(x, p.matrix.codes(e), x.new_ones(p.matrix.n)))
 
 
-def _digits(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    digits, unit = x.digits
-    sums = torch._int_mm(matrix.codes(e), digits[:, mine].flatten(0, 1).t()).t().float()  # (3 M, N)
+def _digits(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    digits, unit = p.x.digits
+    sums = torch._int_mm(p.matrix.codes(e), digits[:, mine].flatten(0, 1).t()).t().float()  # (3 M, N)
     high, mid, low = sums.unflatten(0, (3, -1))
     torch.add(high, torch.add(mid, low, alpha=2.0**-7), alpha=2.0**-7, out=out).mul_(unit[mine])
 
 
-def _half(
-    matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor, twice: bool, scales: tuple[Tensor, Tensor] | None
-) -> None:
-    rows, power = x.halves(matrix.largest_half)
-    y = rows.new_empty(2, *out.shape)
-    for a, b, block in matrix.halves(e, None if scales is None else scales[0]):
-        for i in range(out.shape[0]):
-            torch.mv(block, rows[mine.start + i], out=y[0, i, a:b])
-            if twice:
-                torch.addmv(-y[0, i, a:b], block, rows[mine.start + i], out=y[1, i, a:b])
-    out.copy_(y[0])
-    if twice:
-        out += y[1]
-    out *= power[mine] if scales is None else power[mine] * scales[1]
+def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    rows, power = p.x.halves(p.matrix.plan.largest_half)
+    scales, unit = (None, None) if p.half_scales is None else (p.half_scales[0][i], p.half_scales[1][i])
+    first = rows.new_empty(out.shape)
+    rest = torch.empty_like(first) if p.twice else None
+    for a, b, block in p.matrix.halves(e, scales):
+        for j in range(out.shape[0]):
+            torch.mv(block, rows[mine.start + j], out=first[j, a:b])
+            if rest is not None:
+                torch.addmv(-first[j, a:b], block, rows[mine.start + j], out=rest[j, a:b])
+    torch.mul(first, power[mine], out=out)
+    if rest is not None:
+        out += rest * power[mine]
+    if unit is not None:
+        out *= unit
 
 
-def _bf16(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    for a, b, block in matrix.bf16(e):
-        out[:, a:b] = linear(x.bf16[mine], block)
-
-
-def _bf16_twice(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    rows = x.bf16[mine]
-    for a, b, block in matrix.bf16(e):
+def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    rows = p.x.bf16[mine]
+    for a, b, block in p.matrix.bf16(e):
         first = linear(rows, block)
-        out[:, a:b].copy_(first).add_(torch.addmm(-first, rows, block.t()))
+        out[:, a:b] = first
+        if p.twice:
+            out[:, a:b] += torch.addmm(-first, rows, block.t())
 
 
-def _fp32(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
-    few = out.shape[0] <= _CHUNKED_ROWS and not matrix.k % _CHUNK
-    for a, b, block in matrix.floats(e):
-        out[:, a:b] = _chunked(x.floats[mine], block, _CHUNK).sum(0) if few else linear(x.floats[mine], block)
+def _fp32(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    rows, few = p.x.floats[mine], out.shape[0] <= _CHUNKED_ROWS and not p.matrix.k % _CHUNK
+    for a, b, block in p.matrix.floats(e):
+        out[:, a:b] = _chunked(rows, block, _CHUNK).sum(0) if few else linear(rows, block)
 
 
-def _grouped(matrix: Matrix, e: int, x: Taken, mine: slice, out: Tensor) -> None:
+def _grouped(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     """Scales of long groups multiply the sums of their groups."""
-    scales = (matrix.groups(e).float() * matrix.decode.factor).t().unsqueeze(1)  # (G, 1, N)
+    matrix = p.matrix
+    scales = (matrix.groups(e).float() * matrix.plan.decode.factor).t().unsqueeze(1)  # (G, 1, N)
     for a, b, block in matrix.floats(e, scaled=False):
-        sums = _chunked(x.floats[mine], block, matrix.each).unflatten(0, (matrix.planes, -1))  # (P, G, M, B)
+        sums = _chunked(p.x.floats[mine], block, matrix.each).unflatten(0, (matrix.planes, -1))  # (P, G, M, B)
         out[:, a:b] = (sums * scales[..., a:b]).sum((0, 1))
 
 
