@@ -20,7 +20,7 @@ from moe_ops.activation import Gate
 from moe_ops.backends import triton as backend
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.formats import FORMATS
-from moe_ops.kernels.configs import Config, Kind, table, tables
+from moe_ops.kernels.configs import Config, Kind, Table, table, tables
 from moe_ops.ops.grouped_mm import scale_shape
 
 ARCHS = (80, 89, 90, 100, 120)
@@ -149,12 +149,13 @@ def variants(p: Product) -> list[tuple[Product, set]]:
 
     *_, (kernel, bound, _) = record(p, spy)
     decode = bound["DECODE"].__name__, bound["BITS"], bound["ELEMENT"]
-    plan = (kernel.__name__, str(bound["MMA"]), decode, bound.get("SCALED"), bound.get("PROMOTE"))
+    types = bound.get("X_TYPE"), bound.get("W_TYPE")
+    plan = (kernel.__name__, str(bound["MMA"]), decode, types, bound.get("SCALED"), bound.get("PROMOTE"))
     scales = bound["KIND"], bound.get("FOLD"), bound.get("UNIFORM"), bound.get("GROUP_X")
     if kinds[0].mma == "fp32":  # for completeness: models are not served in it
         plan, scales = plan[:2], None
     pairs = pairwise.pairs({"plan": plan, "bias": p.bias, "gated": p.gated, "even_k": p.k % 256 == 0, "scales": scales})
-    entries = dict.fromkeys(astuple(config) for config in table(kinds[0], p.arch).values())
+    entries = dict.fromkeys(astuple(config) for config in entries_of(table(kinds[0], p.arch)))
     core = plan if kinds[0].mma == "fp32" else (plan, p.gated)
     return [(Product(*astuple(p)[:-1], tile), pairs | {(core, tile), (tile, p.bias)}) for tile in entries]
 
@@ -171,7 +172,12 @@ def thin(cases: list[tuple[Product, set]]) -> list[Product]:
 
 def listed(arch: int) -> set[tuple]:
     """Every configuration in the tables of an architecture."""
-    return {astuple(config) for entries in tables(arch).values() for config in entries.values()}
+    return {astuple(config) for entries in tables(arch).values() for config in entries_of(entries)}
+
+
+def entries_of(entries: Table) -> list[Config]:
+    """The configurations of a table and the narrower ones that some of them turn into."""
+    return [c for config in entries.values() for c in ([config, config.narrowed()] if config.few else [config])]
 
 
 def others(arch: int) -> list[Other]:

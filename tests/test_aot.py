@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
 
 import pytest
 
@@ -10,8 +11,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+import aot
 import launches
 from aot import SHARED_LIMIT
+
+from moe_ops.backends import triton as backend
 
 CASES = [case for arch in launches.ARCHS for case in (*launches.products(arch), *launches.others(arch))]
 AHEAD = 4  # cases that are compiled meanwhile
@@ -46,6 +50,20 @@ def test_every_entry_of_the_tables_is_covered(arch):
     """By one of the architectures that share the tables: not all have fp8, say."""
     sharing = [other for other in launches.ARCHS if launches.tables(other) is launches.tables(arch)]
     assert {case.config for other in sharing for case in launches.products(other)} == launches.listed(arch)
+
+
+@pytest.mark.skipif(backend._TRITON < (3, 9), reason="see backends/triton.py, _scaled_types")
+@pytest.mark.parametrize("arch,name", [
+    (100, "mxfp8"), (100, "mxfp4/mxfp8"), (100, "mxfp4/mxfp4"), (100, "nvfp4"), (120, "mxfp8"), (120, "mxfp4/mxfp4"),
+    (120, "nvfp4"),
+])  # fmt: skip
+def test_blackwell_scales_blocks_itself(arch, name):
+    """The tensor core takes the stored codes and scales."""
+    for gated in (False, True):
+        config = next(iter(launches.table(launches.Kind("scaled", gated=gated), arch).values()))
+        case = launches.Product(arch, name, "bfloat16", False, gated, False, 256, astuple(config))
+        *_, launch = launches.record(case)
+        assert "block_scale" in aot.compile_launch(*launch, arch).ptx
 
 
 @pytest.mark.parametrize("arch", launches.ARCHS)

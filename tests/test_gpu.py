@@ -1,16 +1,17 @@
-"""What only a GPU shows: CUDA graphs under torch.compile, generation, memory. Kernels themselves: test_kernels.py."""
-
-import copy
+"""What only a GPU shows: CUDA graphs under torch.compile, generation, memory. Of kernels: test_kernels_gpu.py."""
 
 import pytest
 import torch
 import torch._dynamo
-from torch import nn
 
 import moe_ops
 
 pytestmark = pytest.mark.gpu
-FORMATS = ["bf16", "fp8", "fp8_block", "fp8/bf16"]
+FORMATS = [  # every way to multiply
+    "bf16", "fp8", "fp8_block", "fp8/bf16", "int8/int8", "int4_g128", "mxfp8", "mxfp6_e2m3", "mxfp4", "mxfp4/fp8",
+    "nvfp4",
+]  # fmt: skip
+BYTES = {"fp8": 1.0, "int8": 1.0, "int4_g32": 4.5 / 8, "mxfp6_e3m2": 6.25 / 8, "mxfp4": 4.25 / 8, "nvfp4": 4.5 / 8}
 
 
 def experts(name, e=16, h=256, i=384):
@@ -67,21 +68,18 @@ def test_generate_with_a_static_cache():
     assert (eager == compiled).float().mean() > 0.8  # bf16 logits of a random model tie: a flip changes what follows
 
 
-def test_quantizing_frees_the_float_weights():
+@pytest.mark.parametrize("name", BYTES)
+def test_quantizing_frees_the_float_weights(name):
     """Afterwards what is held is the codes and scales; on the way, one expert in float besides."""
     e, h, i = 32, 1024, 1024
-    model = nn.Module()
-    model.experts = experts("bf16", e, h, i)
-    float_bytes = 3 * e * h * i * 2
-    layer = copy.deepcopy(model.experts)
-    w1, w2 = layer.dequantize(torch.bfloat16)
-    del layer, model
+    w1, w2 = experts("bf16", e, h, i).dequantize(torch.bfloat16)
+    numbers = 3 * e * h * i
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    quantized = moe_ops.QuantizedExperts.from_float(w1, w2, "fp8")
+    quantized = moe_ops.QuantizedExperts.from_float(w1, w2, name)
     held = torch.cuda.memory_allocated() - before
-    assert held < 0.52 * float_bytes
+    assert held < 1.02 * BYTES[name] * numbers  # and scales that are one for a row
     assert torch.cuda.max_memory_allocated() - before < 1.2 * held + 16 * h * i * 4
     x, ids, weights = routed(64, e, h)
     torch.cuda.reset_peak_memory_stats()

@@ -44,6 +44,8 @@ def grouped_mm(
     num_rows = x.data.shape[0] if rows.read is None else rows.read.shape[0]
     out = torch.zeros(num_rows, width, dtype=out_dtype, device=x.data.device)
     bounds = [0, num_rows] if rows.offsets is None else rows.offsets.tolist()
+    if x.scale is not None:  # once, and as a type that every device gathers
+        x = Operand(x.data, x.scale.float(), x.global_scale)
     for e in range(len(bounds) - 1):
         mine = slice(bounds[e], bounds[e + 1])
         if bounds[e] == bounds[e + 1]:
@@ -69,7 +71,7 @@ def _take(x: Operand, codec: Codec | None, index: Tensor | slice) -> Tensor:
     if scale is None:
         return x.data[index].float()
     assert codec is not None
-    values, scale = codec.decode(x.data[index]), scale.float()
+    values = codec.decode(x.data[index])
     if scale.ndim and scale.shape[-1] > 1:  # else one for the tensor or for each row, whatever the codec's block
         scale = codec.spread(scale, *values.shape)
     values = values * scale

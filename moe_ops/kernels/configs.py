@@ -7,7 +7,7 @@ than that number: half of the experts have more rows than expected, and a second
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -22,15 +22,21 @@ class Config:
     swap: bool = False  # weights first: they fill the 64 rows of a warp group's product
     group_m: int = 1  # row tiles that go through the columns together
     short: int = 0  # the last rows of an expert, if no more than this, are a tile of this height
+    few: int = 0  # fewer tiles than this leave multiprocessors idle: they are made ...
+    narrow: tuple[int, int, int] = (0, 0, 0)  # ... of so many channels, by so many warps, in so many stages
+
+    def narrowed(self) -> Config:
+        n, warps, stages = self.narrow
+        return replace(self, block_n=n, warps=warps, stages=stages, few=0, narrow=(0, 0, 0))
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a configuration depends on.
 
-    The MMA ("fp8", "int8", "bf16" for both halves, "fp32"); of how many bits weights are that become its type in
-    registers; whether sums leave the tensor core every K block, for scales or for precision; whether gate and up are
-    computed together; whether there is a bias (two more vectors of registers in the epilogue).
+    The MMA ("fp8", "int8", "scaled" by blocks, "bf16" for both halves, "fp32"); of how many bits weights are that
+    become its type in registers; whether sums leave the tensor core every K block, for scales or for precision;
+    whether gate and up are computed together; whether there is a bias (two more vectors of registers in the epilogue).
     """
 
     mma: str
@@ -53,9 +59,13 @@ SMALL: dict[Kind, Table] = {
         16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
+    Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 3), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
+    Kind("bf16", decoded=4, gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 32, 128, 4, 2, group_m=8)},
+    Kind("scaled"): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 64, 128, 4, 2, group_m=8)},
+    Kind("scaled", gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(64, 32, 128, 4, 2, group_m=8)},
     Kind("fp32"): {16: Config(16, 32, 16, 4, 2), MANY: Config(64, 32, 16, 4, 2, group_m=8)},
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
-    Kind("bf16", transposed=True): {16: Config(16, 64, 64, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
+    Kind("bf16", transposed=True): {16: Config(16, 64, 32, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
 }  # fmt: skip
 SMALL |= {Kind("int8", gated=gated): SMALL[Kind("fp8", gated=gated)] for gated in (False, True)}
 _SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True))
@@ -72,12 +82,38 @@ HOPPER: dict[Kind, Table] = {
         MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", decoded=8): {
-        12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
-        72: Config(64, 128, 64, 4, 3, swap=True), MANY: Config(128, 128, 64, 8, 3, group_m=8, short=64),
+        12: Config(16, 128, 128, 4, 3, few=100, narrow=(64, 4, 5)), 40: Config(32, 128, 128, 8, 3),
+        100: Config(64, 128, 64, 4, 3), MANY: Config(128, 128, 64, 4, 3, group_m=8, short=64),
     },
     Kind("bf16", decoded=8, gated=True): {
-        12: Config(16, 64, 128, 4, 3, swap=True), 24: Config(32, 64, 128, 4, 3, swap=True),
-        72: Config(64, 64, 64, 4, 4, swap=True), MANY: Config(128, 64, 64, 8, 3, group_m=8, short=64),
+        12: Config(16, 64, 128, 4, 4, few=48, narrow=(32, 4, 4)), 40: Config(32, 64, 128, 4, 3),
+        100: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 4, 3, group_m=8, short=64),
+    },
+    # 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
+    # operand they stay in registers.
+    Kind("bf16", decoded=4): {
+        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        40: Config(32, 128, 128, 8, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
+        300: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
+        MANY: Config(128, 64, 128, 4, 2, swap=True, group_m=8, short=64),
+    },
+    Kind("bf16", decoded=4, gated=True): {
+        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        40: Config(32, 64, 128, 4, 3, swap=True), MANY: Config(128, 64, 128, 4, 3, swap=True, group_m=8, short=64),
+    },
+    Kind("bf16", decoded=4, gated=True, bias=True): {
+        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        40: Config(32, 64, 128, 4, 3, swap=True), MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
+    },
+    Kind("int8"): {
+        2: Config(16, 128, 256, 8, 3, swap=True), 12: Config(16, 64, 128, 4, 3, swap=True),
+        24: Config(32, 128, 128, 8, 3, swap=True), 72: Config(64, 128, 128, 4, 3),
+        MANY: Config(128, 128, 128, 4, 3, group_m=16, short=64),
+    },
+    Kind("int8", gated=True): {
+        2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 128, 4, 3, swap=True),
+        24: Config(32, 64, 128, 4, 4, swap=True), 48: Config(64, 64, 128, 4, 3), 100: Config(64, 128, 128, 8, 4),
+        MANY: Config(128, 64, 128, 8, 3, group_m=16, short=64),
     },
     Kind("fp8"): {
         2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True),
@@ -117,11 +153,13 @@ BLACKWELL: dict[Kind, Table] = {
     Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("scaled"): {MANY: Config(128, 64, 128, 8, 3, group_m=8)},  # the block-scaled product has 128 rows
+    Kind("scaled", gated=True): {MANY: Config(128, 32, 128, 4, 3, group_m=8)},
     Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", promoted=True): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
     Kind("fp8", promoted=True, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: _NARROW},
-    **{kind: SMALL[kind] for kind in _SHARED},
+    **{kind: SMALL[kind] for kind in (*_SHARED, Kind("int8"), Kind("int8", gated=True))},
 }
 _TABLES = {90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}
 
@@ -141,5 +179,7 @@ def table(kind: Kind, arch: int) -> Table:
 
 
 @cache
-def choose(kind: Kind, arch: int, rows_per_expert: int) -> Config:
-    return next(config for rows, config in table(kind, arch).items() if rows_per_expert <= rows)
+def choose(kind: Kind, arch: int, rows_per_expert: int, experts: int, channels: int) -> Config:
+    """For so many expected rows in each of so many experts."""
+    config = next(config for rows, config in table(kind, arch).items() if rows_per_expert <= rows)
+    return config.narrowed() if experts * -(-channels // config.block_n) < config.few else config

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .activation import gate
 from .tile import (
-    accumulate, accumulate_nibbles, along_m, along_n, channel_rows, find_rows, store_tile, swizzle, zero_rows,
+    accumulate,
+    accumulate_nibbles,
+    accumulate_scaled,
+    along_m,
+    along_n,
+    channel_rows,
+    find_rows,
+    store_tile,
+    swizzle,
+    zero_rows,
 )  # fmt: skip
 
 
@@ -34,8 +43,9 @@ def multiply(
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
     stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
+    X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    FOLD: tl.constexpr, AHEAD: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_X: tl.constexpr,
+    CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
@@ -52,17 +62,23 @@ def multiply(
     _, channel = channel_rows(c, shard_rows, CHANNEL_N, INTERLEAVED)
     if UNIFORM:  # every channel of the tile has the scale of the first
         _, scale_row = channel_rows(tl.minimum(tile_n * BLOCK_N, N - 1), shard_rows, GROUP_N, INTERLEAVED)
-    NIBBLES: tl.constexpr = BITS == 4
-    kk = tl.arange(0, 32 if NIBBLES else BLOCK_K)
-    uu = tl.arange(0, 16 if NIBBLES else BLOCK_K // 4 if BITS == 6 else BLOCK_K) * (3 if BITS == 6 else 1)
+    NIBBLES: tl.constexpr = BITS == 4 and X_TYPE is None
+    kk = tl.arange(0, 32 if NIBBLES else BLOCK_K // 2 if X_TYPE == "e2m1" else BLOCK_K)
+    units: tl.constexpr = 16 if NIBBLES else BLOCK_K // 4 if BITS == 6 else BLOCK_K // 2 if BITS == 4 else BLOCK_K
+    uu = tl.arange(0, units) * (3 if BITS == 6 else 1)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + kk[None, :] * stride_xk
     w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we + row[:, None] * stride_wn + uu[None, :] * stride_wk
     xs_ptrs = xs_ptr if xs_ptr is None else xs_ptr + source * stride_xsm
     ws_ptrs = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse + scale_row * stride_wsn
-    if NIBBLES:
+    if X_TYPE is not None:
+        acc, acc_up = accumulate_scaled(
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk, X_TYPE,
+            W_TYPE, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K, GATED, EVEN_K,
+        )  # fmt: skip
+    elif NIBBLES:
         acc, acc_up = accumulate_nibbles(
             x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk,
-            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, GATED, EVEN_K, SWAP,
+            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, AHEAD, GATED, EVEN_K, SWAP,
         )  # fmt: skip
     else:
         acc, acc_up = accumulate(
@@ -100,8 +116,9 @@ def _grouped_mm_kernel(
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
     stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, FOLD: tl.constexpr, GROUP_N: tl.constexpr,
-    GROUP_K: tl.constexpr, GROUP_X: tl.constexpr, CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
+    X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    FOLD: tl.constexpr, AHEAD: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_X: tl.constexpr,
+    CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
     PROMOTE: tl.constexpr, SHORT: tl.constexpr,
@@ -125,7 +142,8 @@ def _grouped_mm_kernel(
                 expert, first, end, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
                 stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse,
                 stride_wsn, stride_wsk, stride_wce, stride_wcn, stride_be, stride_om, MMA, DECODE, ELEMENT, BITS, KIND,
-                ACT, GATED, SCALED, FOLD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM, INTERLEAVED, EVEN_K,
+                X_TYPE, W_TYPE, ACT, GATED, SCALED, FOLD, AHEAD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM,
+                INTERLEAVED, EVEN_K,
                 SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
             )  # fmt: skip
 

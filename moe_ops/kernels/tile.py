@@ -147,7 +147,7 @@ def spread_scales(s, TYPE: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constex
     """(BN, groups) as they are stored -> their values, spread evenly over the columns of a tile."""
     rows: tl.constexpr = s.shape[0]
     groups: tl.constexpr = s.shape[1]
-    value = scale_value(s, TYPE, KIND) if s.dtype != TYPE else s
+    value = scale_value(s, TYPE, KIND)
     if groups == 1:
         return value
     else:
@@ -185,38 +185,41 @@ def plane(words, P: tl.constexpr, TYPE: tl.constexpr, DECODE: tl.constexpr, ELEM
 def accumulate_nibbles(
     x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk, stride_wsk,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, FOLD: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
-    SWAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr,
+    EVEN_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate` for weights of 4 bits: w_ptrs (BN, 16) to words, x_ptrs (BM, 32) to rows in the order of nibbles."""
+    """`accumulate` for weights of 4 bits: w_ptrs (BN, 16) to words, x_ptrs (BM, 32) to rows in the order of nibbles.
+
+    AHEAD: scales are read for the next step.
+    """
     i = tl.arange(0, 16)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     acc_up = acc
     TYPE: tl.constexpr = MMA if MMA == tl.bfloat16 and KIND != "float32" else tl.float32
-    AHEAD: tl.constexpr = FOLD > 0 and FOLD < 128  # scales of bytes: not copied ahead of time, they would be waited for
-    s = tl.full((BLOCK_N, 1), 1.0, TYPE)
-    su = s
+    ahead, ahead_up = acc, acc
     if AHEAD:
-        s = load_scales(ws_ptrs, 0, K, stride_wsk, FOLD, 128)
-        su = load_scales(ws_ptrs + up_ws, 0, K, stride_wsk, FOLD, 128) if GATED else s
+        ahead = load_scales(ws_ptrs, 0, K, stride_wsk, FOLD, 128)
+        ahead_up = load_scales(ws_ptrs + up_ws, 0, K, stride_wsk, FOLD, 128) if GATED else ahead
     for k in range(0, K, 128):
         inside = (k + 8 * i)[None, :] < K
         w = load_k(w_ptrs, inside, EVEN_K)
         part = acc if xs_ptrs is None else tl.zeros_like(acc)
-        part_up, u, us = part, w, 0
-        if FOLD and not AHEAD:
-            s = load_scales(ws_ptrs, k, K, stride_wsk, FOLD, 128)
-        ws = spread_scales(s, TYPE, KIND, 32)
+        part_up, u = part, w
+        ws = tl.full((1, 1), 1.0, TYPE)
+        us = ws
         if AHEAD:
-            s = load_scales(ws_ptrs, k + 128, K, stride_wsk, FOLD, 128)
+            ws = spread_scales(ahead, TYPE, KIND, 32)
+            ahead = load_scales(ws_ptrs, k + 128, K, stride_wsk, FOLD, 128)
+        elif FOLD:
+            ws = spread_scales(load_scales(ws_ptrs, k, K, stride_wsk, FOLD, 128), TYPE, KIND, 32)
         if GATED:
             u = load_k(w_ptrs + up_w, inside, EVEN_K)
             part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
-            if FOLD and not AHEAD:
-                su = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, FOLD, 128)
-            us = spread_scales(su, TYPE, KIND, 32)
             if AHEAD:
-                su = load_scales(ws_ptrs + up_ws, k + 128, K, stride_wsk, FOLD, 128)
+                us = spread_scales(ahead_up, TYPE, KIND, 32)
+                ahead_up = load_scales(ws_ptrs + up_ws, k + 128, K, stride_wsk, FOLD, 128)
+            elif FOLD:
+                us = spread_scales(load_scales(ws_ptrs + up_ws, k, K, stride_wsk, FOLD, 128), TYPE, KIND, 32)
         for p in tl.static_range(4):
             x = tl.load(x_ptrs + 32 * p)
             part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * ws).to(MMA), part, SWAP, None)
@@ -231,6 +234,34 @@ def accumulate_nibbles(
                 acc_up += scaled(part_up, xs, None, False, SWAP)
         x_ptrs += 128
         w_ptrs += 16 * stride_wk
+    return acc, acc_up
+
+
+@triton.jit
+def accumulate_scaled(
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
+    X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` by a tensor core that takes codes, named as Triton does, and the scales of their groups.
+
+    x_ptrs (BM, BK) and w_ptrs (BN, BK), half as many columns where two codes are a byte.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = acc
+    X: tl.constexpr = 2 if X_TYPE == "e2m1" else 1  # codes in a byte
+    W: tl.constexpr = 2 if W_TYPE == "e2m1" else 1
+    xx, ww = X * tl.arange(0, BLOCK_K // X)[None, :], W * tl.arange(0, BLOCK_K // W)[None, :]
+    for k in range(0, K, BLOCK_K):
+        x, xs = load_k(x_ptrs, k + xx < K, EVEN_K), load_scales(xs_ptrs, k, K, stride_xsk, GROUP, BLOCK_K)
+        w, ws = load_k(w_ptrs, k + ww < K, EVEN_K), load_scales(ws_ptrs, k, K, stride_wsk, GROUP, BLOCK_K)
+        acc = tl.dot_scaled(x, xs, X_TYPE, w.T, ws, W_TYPE, acc)
+        if GATED:
+            u = load_k(w_ptrs + up_w, k + ww < K, EVEN_K)
+            us = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, GROUP, BLOCK_K)
+            acc_up = tl.dot_scaled(x, xs, X_TYPE, u.T, us, W_TYPE, acc_up)
+        x_ptrs += BLOCK_K // X * stride_xk
+        w_ptrs += BLOCK_K // W * stride_wk
     return acc, acc_up
 
 
