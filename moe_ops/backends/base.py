@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Best measured first, `reference` last. A backend is imported when a problem could be its own, not before.
-BACKENDS = {"triton": ".triton", "reference": ".reference"}
+BACKENDS = {"triton": ".triton", "torch": ".torch_native", "reference": ".reference"}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what activations may be
 
 

@@ -1,0 +1,159 @@
+"""Codes to numbers by a few vector instructions of torch on the CPU: neither a table nor a conversion of floats.
+
+A code of a minifloat is brought to the top of a 16-bit lane, then its exponent to where a half has it:
+
+    half = (lane >> (5 - exponent_bits)) & (sign | exponent | mantissa);  value = half * 2^(15 - bias)
+
+Exact, subnormals too. One lane holds `planes` codes of 4 or 6 bits, and decoding leaves them in as many planes of
+K / planes columns: activations follow by `to_planes`. Codes of integers become bytes, in planes likewise.
+
+B rows of a block, K columns, P planes of L = K / P lanes, G groups of columns that share a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..formats import Element
+
+_PLANES = {(4, True): 4, (6, True): 8, (8, True): 1, (4, False): 2, (8, False): 1}  # by bits, and whether it is a float
+_COPIES = 0x0001000100010001  # times a number of 16 bits: that number in each quarter of an int64
+
+
+def _numbers(*values: int, dtype: torch.dtype = torch.int16) -> Tensor:
+    """Operands as tensors: torch takes 1.5 us longer for a Python number."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+class Decoder:
+    """What decoding an element gives: `dtype` (half or int8), times `factor` the value of a code."""
+
+    def __init__(self, element: Element):
+        self.bits, minifloat = element.bits, element.exponent_bits > 0
+        self.planes = _PLANES[element.bits, minifloat]
+        self.dtype = torch.float16 if minifloat else torch.int8
+        self.factor = 2.0 ** (15 - element.bias) if minifloat else 1.0 if element.bits == 8 else 1 / 16
+        self.largest = element.max / self.factor  # magnitude of what decoding gives
+        if minifloat:
+            shift = 5 - element.exponent_bits
+            magnitude = ((1 << element.bits - 1) - 1) << (10 - element.mantissa_bits)
+            self._shift, self._mask = _numbers(shift), _numbers(magnitude - (1 << 15))
+            to_top = (12, 8, 4, 0) if element.bits == 4 else (8 - shift,)
+            self._to_top = _numbers(*(1 << by for by in to_top))[:, None]
+        self.is_bytes = self.dtype == element.storage  # codes are what decoding would give
+
+    def __call__(self, codes: Tensor, out: Tensor) -> None:
+        """codes (B, stored K), contiguous -> out (B, P, L) in `dtype`."""
+        if self.dtype == torch.int8:
+            _integers(codes.view(torch.int8), self.bits, out)
+            return
+        lanes = out.view(torch.int16)
+        if self.bits == 8:  # a byte is widened with its sign, as a shift to the right would
+            lanes.copy_(codes.view(torch.int8)[:, None]).mul_(self._to_top)
+        elif self.bits == 4:
+            torch.mul(codes.view(torch.int16)[:, None], self._to_top, out=lanes).bitwise_right_shift_(self._shift)
+        else:
+            _sixes(codes.view(torch.int16).unflatten(1, (-1, 3)), lanes)
+            lanes.bitwise_right_shift_(self._shift)
+        lanes.bitwise_and_(self._mask)
+
+
+@cache
+def decoder(element: Element) -> Decoder | None:
+    """None for an element that this file does not decode; found out by decoding each of its codes."""
+    if element.storage is None or (element.bits, element.exponent_bits > 0) not in _PLANES or element.exponent_bits > 5:
+        return None
+    found = Decoder(element)
+    codes = torch.arange(1 << element.bits, device="cpu").to(torch.uint8)
+    each = {4: 4, 6: 8, 8: 1}[element.bits]  # copies of a code that fill whole lanes
+    bits = (codes[:, None, None].long() >> torch.arange(element.bits, device="cpu")) & 1
+    stored = bits.expand(-1, each, -1).reshape(codes.numel(), -1, 8)  # (codes, bytes, 8)
+    stored = (stored << torch.arange(8, device="cpu")).sum(-1).to(torch.uint8)
+    out = torch.empty(codes.numel(), found.planes, each // found.planes, dtype=found.dtype, device="cpu")
+    found(stored, out)
+    values = element.decode(codes.view(element.storage))[:, None, None]  # NaN, which weights do not hold, may differ
+    return found if bool(((out.float() * found.factor == values) | values.isnan()).all()) else None
+
+
+def _sixes(words: Tensor, out: Tensor) -> None:
+    """words (B, L, 3): eight codes each -> every code at the top of a lane of out (B, 8, L)."""
+    low, mid, high = words.permute(2, 0, 1).contiguous()
+    for plane, word, shift in ((0, low, 10), (1, low, 4), (3, mid, 8), (4, mid, 2), (6, high, 6), (7, high, 0)):
+        torch.mul(word, 1 << shift, out=out[:, plane])
+    torch.bitwise_or(low >> 2 & 0x3C00, mid << 14, out=out[:, 2])  # the two codes that lie in two words
+    torch.bitwise_or(mid >> 4 & 0x0C00, high << 12, out=out[:, 5])
+
+
+def _integers(codes: Tensor, bits: int, out: Tensor) -> None:
+    """Bytes as they are, or 16 times what nibbles in offset binary (value + 8) stand for."""
+    if bits == 8:
+        out.copy_(codes[:, None])
+        return
+    low, high = out[:, 0], out[:, 1]
+    torch.bitwise_xor(codes, _FLIP, out=high)  # both nibbles in two's complement
+    torch.mul(high, _SIXTEEN, out=low)
+    high.bitwise_and_(_HIGH)
+
+
+_FLIP, _SIXTEEN, _HIGH = (_numbers(n, dtype=torch.int8) for n in (0x88 - 256, 16, 0xF0 - 256))
+
+
+def to_planes(x: Tensor, planes: int) -> Tensor:
+    """Columns of x (M, K) in the order of decoded codes."""
+    return x if planes == 1 else x.view(x.shape[0], -1, planes).transpose(1, 2).reshape(x.shape)
+
+
+def from_planes(x: Tensor, planes: int) -> Tensor:
+    """Inverse of `to_planes`."""
+    return x if planes == 1 else x.view(x.shape[0], planes, -1).transpose(1, 2).reshape(x.shape)
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """Scales of any dtype in fp32; those of a byte by their bits, as torch converts them one by one."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        bits = scale.view(torch.uint8).to(torch.int32)
+        return (bits << 23).clamp_(min=1 << 22).view(torch.float32).masked_fill_(bits == 255, torch.nan)
+    if scale.dtype == torch.float8_e4m3fn:  # never negative
+        bits = scale.view(torch.uint8).to(torch.int16)
+        return (bits << 7).view(torch.float16).float().mul_(256.0).masked_fill_(bits == 127, torch.nan)
+    return scale.float()
+
+
+def half_scales(scale: Tensor, found: Decoder) -> tuple[Tensor, Tensor]:
+    """scale (..., G) of one byte -> halves (..., G) to multiply blocks with, and the unit (...,) of the result.
+
+    e8m0: the largest of a row becomes 2^top, and one that is 2^(top + 14) times smaller 0. NaN makes the unit NaN.
+    """
+    bits = scale.view(torch.uint8).to(torch.int16)
+    largest = bits.amax(-1, keepdim=True)
+    if scale.dtype == torch.float8_e8m0fnu:
+        exponents = bits.sub_(largest - (15 + half_top(scale.dtype, found))).clamp_(min=0)
+        halves = exponents.mul_(_numbers(1 << 10)).view(torch.float16)
+    else:
+        halves = bits.mul_(_numbers(1 << 7)).view(torch.float16).mul_(2.0**15)
+    return halves, _units(scale.dtype, found).index_select(0, largest.flatten().int()).view(scale.shape[:-1])
+
+
+def half_top(dtype: torch.dtype, found: Decoder) -> int:
+    """log2 of the largest that scales become: for e8m0 such that products with a block stay below 2^9."""
+    return min(14, 8 - math.frexp(found.largest)[1]) if dtype == torch.float8_e8m0fnu else 15
+
+
+@cache
+def _units(dtype: torch.dtype, found: Decoder) -> Tensor:
+    """The unit for each byte that may be the largest of its row."""
+    byte = torch.arange(256, device="cpu")
+    if dtype == torch.float8_e8m0fnu:
+        unit = 2.0 ** (byte - 127 - half_top(dtype, found)).double()
+        return (unit * found.factor).float().masked_fill(byte == 255, torch.nan)
+    return torch.full((256,), found.factor * 2.0**-7, dtype=torch.float32).masked_fill(byte >= 127, torch.nan)
+
+
+def spread(scale: Tensor, times: int) -> Tensor:
+    """scale (B, G) of 16 bits, none negative -> (B, 1, G * times): each `times` times, a multiple of 4."""
+    quarter = scale.view(torch.int16).to(torch.int64).mul_(_COPIES)[..., None]  # (B, G, 1)
+    return torch.cat([quarter] * (times // 4), -1).flatten(1).view(scale.dtype)[:, None]
