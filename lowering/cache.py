@@ -25,10 +25,8 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _describe(codec: Codec | None) -> str:
+def _describe(codec: Codec) -> str:
     """Everything that a codec's numbers depend on, in words that mean the same in every process."""
-    if codec is None:
-        return "float"
     e, rule = codec.element, codec.scale_rule
     bits = (e.name, e.bits, e.exponent_bits, e.mantissa_bits, e.bias, e.max, e.storage)
     named = f"{rule.__module__}.{rule.__qualname__}" if rule is not None else None
@@ -36,8 +34,9 @@ def _describe(codec: Codec | None) -> str:
 
 
 def salt() -> str:
-    formats = ";".join(f"{f.name}={_describe(f.weight)}/{_describe(f.activation)}" for f in FORMATS.values())
-    return f"moe_ops-{sources_hash()}-{hashlib.sha256(formats.encode()).hexdigest()[:8]}"
+    formats = [f"{f.name}={f.weight.name}/{f.activation and f.activation.name}" for f in FORMATS.values()]
+    formats += [_describe(codec) for codec in FORMATS.codecs()]  # of activations in pairs too
+    return f"moe_ops-{sources_hash()}-{hashlib.sha256(';'.join(formats).encode()).hexdigest()[:8]}"
 
 
 def register() -> None:

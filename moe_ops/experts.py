@@ -133,10 +133,15 @@ class QuantizedExperts(QuantizedModule):
         backend, invariant = resolve(self.backend)
         out_dtype, input_scale = x.dtype, self.part(name, "input_scale")
         if input_scale is not None and (codec := self.quantization.activation) is not None:
+            if torch.is_grad_enabled() and x.requires_grad:  # codes have no gradient: it would be zero, in silence
+                raise NotImplementedError(
+                    f"{name}_input_scale: experts with a gate of their own or a post norm have no gradient with static"
+                    " input scales; remove them to train"
+                )
             if "rows_in" in rows:
                 x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
             owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
-            x, rows["x_scale"], whole = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec=codec.name)
+            x, rows["x_scale"], whole = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec.name, backend)
             rows["x_global_scale"] = whole if codec.global_scale else None
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}

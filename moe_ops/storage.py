@@ -112,11 +112,16 @@ class QuantizedModule(nn.Module):
             return "codes load into a model that was quantized to their format" if given.itemsize == 1 else None
         if given == mine or (mine == torch.float32 and given in FLOATS):  # the latter keeps every value
             return None
-        if name in self.weight_names():
-            return "load float weights before quantize_, or dequantize_ first"
-        if given == torch.uint8:
+        if given == torch.uint8 and mine.itemsize == 1:
             return f"view the bytes as {str(mine).removeprefix('torch.')}"
-        return "scales of another type belong to another format"
+        if name in self.weight_names() and given in FLOATS:
+            return "load float weights before quantize_, or dequantize_ first"
+        return f"{'codes' if name in self.weight_names() else 'scales'} of another type belong to another format"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # bytes do not say what they are codes of
+            destination._metadata.setdefault(prefix[:-1], {})["codec"] = self.quantization.weight.name
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         mine = {n: p for n, p in self._parameters.items() if p is not None and n in self._protected()}
@@ -125,6 +130,9 @@ class QuantizedModule(nn.Module):
             for name, p in mine.items()
             if prefix + name in state_dict and (hint := self._misread(name, p.dtype, state_dict[prefix + name].dtype))
         ]
+        codec, given = self.quantization.weight.name, metadata.get("codec")
+        if not wrong and given not in (None, codec):
+            wrong.append(f"{prefix or 'the module '}holds codes of {given}, this module stores {codec} ({self.format})")
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

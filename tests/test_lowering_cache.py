@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def test_an_old_salt_is_replaced():
 def test_salt_depends_on_the_formats(monkeypatch):
     before = cache.salt()
     one = next(f for f in FORMATS.values() if f.activation)
-    names = {**FORMATS, "another": Format("another", one.weight)}
-    numerics = {**FORMATS, one.name: Format(one.name, replace(one.weight, block=(7, 0)), one.activation)}
+    names, numerics = copy(FORMATS), copy(FORMATS)
+    names._listed = {**FORMATS._listed, "another": Format("another", one.weight)}
+    numerics._codecs = {**FORMATS._codecs, one.weight.name: replace(one.weight, block=(7, 0))}
     for changed in (names, numerics):
         monkeypatch.setattr(cache, "FORMATS", changed)
         assert cache.salt() != before and cache.salt().rpartition("-")[0] == before.rpartition("-")[0]

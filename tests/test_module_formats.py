@@ -67,6 +67,9 @@ def test_static_scales_of_activations(name, kind):
     assert rel(q(*args), floats(*args)) < 0.01
     copied = pickle.loads(pickle.dumps(q))
     assert torch.equal(copied(*args), q(*args)) and same(copied, q)
+    if kind != "plain":  # outside of the op codes would cut the gradient off
+        with torch.enable_grad(), pytest.raises(NotImplementedError, match="_input_scale"):
+            q(args[0].requires_grad_(), *args[1:])
 
 
 @torch.no_grad()

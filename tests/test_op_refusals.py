@@ -37,7 +37,7 @@ REFUSED = {
     "no activation": ({"activation": "none"}, "needs an activation"),
     "alpha for gelu": ({"activation": "gelu", "alpha": 1.0}, "no alpha"),
     "an unknown format": ({"format": "fp9"}, "known: bf16, fp8"),
-    "an unknown backend": ({"backend": "cuda"}, "known: auto, triton, reference"),
+    "an unknown backend": ({"backend": "cuda"}, "known: auto, triton, torch, reference"),
     "a weight-only format with input scales": (
         {"format": "fp8/bf16", "gate_up_proj_input_scale": torch.ones(E)}, "quantized activations"),
     "one input scale for all": ({"down_proj_input_scale": torch.ones(1)}, r"must be \(5,\)"),
@@ -157,10 +157,10 @@ def test_parts_refuse():
         OPS.quantize(x, None, "mxfp4")
     with pytest.raises(ValueError, match="activations in 'mxfp8' take no static scale"):
         OPS.quantize(x, torch.ones(()), "mxfp8")
-    for wrong in (codes[0, :, :8], codes):
-        with pytest.raises(ValueError, match="do not fit"):
+    for wrong, message in ((codes[0, :, :8], r"x must be \(..., 8\)"), (codes, r"weight must be \(N, stored K\)")):
+        with pytest.raises(ValueError, match=message):
             OPS.linear(x, wrong, format="bf16")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="x must be"):
         OPS.linear(x[0, 0], codes[0], format="bf16")
     with pytest.raises(ValueError, match="at least 1"):
         OPS.permute(x, offsets, 0)
@@ -205,5 +205,5 @@ def test_codes_of_activations_must_fit():
     one = layer.up.qdata[0], layer.up.scale[0], layer.up.global_scale[0, 0]
     with pytest.raises(ValueError, match="take no static scale"):
         OPS.linear(torch.zeros(4, 64), *one, input_scale=torch.ones(()), format="nvfp4/mxfp4")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="x must be"):
         OPS.linear(torch.zeros(4, 32), *one, format="nvfp4")

@@ -16,7 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import Gate
-from ..formats import FORMATS, Codec, Element, Format
+from ..formats import FORMATS, Codec, Element, Format, scales
+from ..formats.fp8 import E4M3
+from ..formats.full import BF16
+from ..formats.integer import INT4, INT8
+from ..formats.minifloat import decode_minifloat
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
 from ..kernels.activation import ACTIVATIONS
@@ -101,6 +105,7 @@ def _plan(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: int)
     group, group_x = _group(weight), _group(act)
     fold = group if group and (group % 128 or weight.element.bits == 4) else 0
     alike = act is not None and act.element == weight.element and not fold and not group_x % 128
+    alike = alike and not (group_x and act is not None and act.scale_dtype.itemsize == 1)
     decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
     if alike and native and weight.element.name == "e4m3":
         promote = _PROMOTE if arch == 90 and k > _PROMOTE_ABOVE_K and not group and not group_x else None
@@ -139,13 +144,13 @@ def _group(codec: Codec | None) -> int:
     return codec.block[1] if codec is not None and codec.block else 0
 
 
-def _config(plan: Plan, arch: int, rows: int, w: Weight, scaled: bool, gated: bool, transpose: bool,
+def _config(plan: Plan, arch: int, rows: int, w: Weight, k: int, scaled: bool, gated: bool, transpose: bool,
             invariant: bool) -> Config:  # fmt: skip
     experts = w.qdata.shape[0]
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
     per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
     if transpose:
-        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, w.qdata.shape[2])
+        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k)
     promoted = scaled or plan.promote is not None
     channels = w.qdata.shape[1] // (2 if gated else 1)
     kind = Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None)
@@ -172,7 +177,9 @@ def _prepare(x: Operand, fmt: Format, plan: Plan, k: int) -> _Rows:
     if plan.types is not None:
         return _Rows(_bytes(data, plan.native), _bytes(x.scale, plan.native), x.global_scale)
     group = _group(codec)
-    inside = x.scale if group and group % 128 else None  # multiplied in, exact where it is a power of two or e4m3
+    grouped = bool(group) and x.scale.ndim == 2 and x.scale.shape[1] == -(-k // group)  # else static: of a row, or all
+    folds = grouped and (group % 128 != 0 or x.scale.element_size() == 1)
+    inside = x.scale if folds else None  # multiplied in, exact where it is a power of two or e4m3
     outside = x.global_scale if codec.global_scale else None if inside is not None else x.scale
     along_k = outside if outside is not None and outside.ndim == 2 and outside.shape[1] > 1 else None
     if not plan.codes_x:
@@ -219,7 +226,7 @@ def grouped_mm(
     prepared = None if transpose else _prepare(operand, fmt, plan, k)
     along_k = _group(fmt.weight) and not plan.fold
     scaled = prepared is not None and plan.types is None and bool(along_k or prepared.along_k is not None)
-    config = _config(plan, arch, num_rows, weight, scaled, gated, transpose, batch_invariant)
+    config = _config(plan, arch, num_rows, weight, k, scaled, gated, transpose, batch_invariant)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)
     common = {"ELEMENT": _bits(fmt.weight.element), "BITS": fmt.weight.element.bits, "KIND": _kind(weight.scale),
               "DECODE": plan.decode, "E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row,
@@ -237,6 +244,8 @@ def _forward(x: _Rows, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, ou
              scaled: bool, num_m: int, k: int, common: dict) -> None:  # fmt: skip
     (e, n_weight), n = w.qdata.shape[:2], out.shape[1]
     nibbles, group_k, group_n = plan.decoded == 4, _group(fmt.weight), fmt.weight.block[0] if fmt.weight.block else 1
+    if nibbles and w.qdata.data_ptr() % 4:
+        raise ValueError(f"packed weights begin at a multiple of 4 bytes in memory, got address {w.qdata.data_ptr()}")
     codes = w.qdata.view(torch.int32) if nibbles else _bytes(w.qdata, plan.native)
     along_k, channel = (w.scale, w.global_scale) if group_k else (None, w.scale)
     along_k = None if along_k is None else _bytes(along_k, plan.native)
@@ -306,15 +315,27 @@ def supports(problem: Problem) -> bool | str:
 
 def _missing(codec: Codec, encodes: bool) -> str | None:
     """What a codec has that no kernel reads, or writes, if that is asked for."""
-    element, group, rule = codec.element, _group(codec), getattr(codec.scale_rule, "__name__", None)
-    described = element.exponent_bits > 0 and element.bits in (4, 6, 8) and element.storage == torch.uint8
-    if element.storage is not None and element.name not in DECODE and not described:
+    element, group = codec.element, _group(codec)
+    if element not in _ELEMENTS and getattr(element.decode, "func", None) is not decode_minifloat:
         return f"has no decoder of {element.name}"
+    if element.bits not in (4, 6, 8, 16):
+        return f"reads codes of 4, 6 or 8 bits, not of {element.bits} ({element.name})"
     if group % 128 and (group < 8 or group & (group - 1)):
         return f"groups of {group} columns are neither a power of two nor a multiple of 128"
-    if encodes and (rule not in RULES or not (element.name in ENCODE or described)):
-        return f"has no kernel that quantizes to {codec.name}"
+    if codec.block is not None and codec.scale_dtype not in _SCALES:
+        return f"reads no scales of {codec.scale_dtype}"
+    if encodes and _RULES.get(codec.scale_rule) != (codec.scale_dtype, codec.global_scale):
+        return f"has no kernel that finds the scales of {codec.name}"
     return None
+
+
+# What kernels compute, by identity: another rule or element of the same name is another one.
+_ELEMENTS = (BF16, E4M3, INT8, INT4)
+_SCALES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
+_RULES: dict[Any, tuple[torch.dtype, bool]] = {
+    scales.amax_over_max: (torch.float32, False), scales.ratio: (torch.float8_e4m3fn, True),
+    **dict.fromkeys((scales.rceil, scales.even, scales.floor), (torch.float8_e8m0fnu, False)),
+}  # fmt: skip
 
 
 def _codecs(problem: Problem) -> list[Codec]:

@@ -207,6 +207,10 @@ class Formats(Mapping[str, Format]):
             raise ValueError(f"unknown codec {name!r}; known: {', '.join(self._codecs)}")
         return self._codecs[name]
 
+    def codecs(self) -> list[Codec]:
+        """Every codec of a registered format, and of what its name means as an activation."""
+        return list(self._codecs.values())
+
     def resolve(self, format: str | Format) -> Format:
         """A name or a registered Format -> the Format. Modules keep the name only, so it must lead back to the same."""
         if not isinstance(format, str | Format):

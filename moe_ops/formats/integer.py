@@ -1,4 +1,7 @@
-"""Integers: int8 with a scale per row, int4 with a scale per group of 32 or 128. Rounded half to even, symmetric."""
+"""Integers: int8 with a scale per row, int4 with a scale per group of 32 or 128. Rounded half to even, symmetric.
+
+They have no NaN: the scale of a row that holds one carries it, a static scale does not.
+"""
 
 import torch
 

@@ -125,7 +125,7 @@ def _grouped_mm_kernel(
 ):  # fmt: skip
     """Rows (x): xs changes along K, xr does not. Weights (w): ws changes along K, wc is one per channel or shard.
 
-    BITS of a code decide how w is read (kernels/tile.py); x holds numbers that the MMA takes as they are.
+    BITS of a code decide how w is read (kernels/tile.py); x holds numbers, in the order of nibbles for 4 bits.
     """
     tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)

@@ -111,11 +111,12 @@ def load_k(ptrs, inside, EVEN_K: tl.constexpr):
 
 @triton.jit
 def scaled_mma(
-    x, w, acc, xs, ws_ptr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr
-):
+    x, w, acc, xs, ws_ptr, KIND: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+):  # fmt: skip
     """acc + x w^T, or acc + (x w^T) * xs * ws when scales change along K: xs per row or 1, ws per channel or one."""
     if SCALED:
-        return acc + scaled(mma(x, w, None, SWAP, PROMOTE), xs, ws_ptr, UNIFORM, SWAP)
+        return acc + scaled(mma(x, w, None, SWAP, PROMOTE), xs, ws_ptr, KIND, UNIFORM, SWAP)
     elif x.dtype == tl.float32:  # sums of sums: one chain of fp32 additions over all of K loses bits
         return acc + mma(x, w, None, SWAP, PROMOTE)
     else:
@@ -123,12 +124,12 @@ def scaled_mma(
 
 
 @triton.jit
-def scaled(part, xs, ws_ptr, UNIFORM: tl.constexpr, SWAP: tl.constexpr):
+def scaled(part, xs, ws_ptr, KIND: tl.constexpr, UNIFORM: tl.constexpr, SWAP: tl.constexpr):
     """part * xs * ws; xs is a vector over rows or 1, ws one number when UNIFORM, or absent."""
     if ws_ptr is None:
         return part * (along_m(xs, SWAP) if len(xs.shape) > 0 else xs)
     else:
-        ws = tl.load(ws_ptr).to(tl.float32)
+        ws = scale_value(tl.load(ws_ptr), tl.float32, KIND)
         if UNIFORM:
             return part * (along_m(xs * ws, SWAP) if len(xs.shape) > 0 else xs * ws)
         else:
@@ -229,9 +230,9 @@ def accumulate_nibbles(
             acc, acc_up = part, part_up
         else:
             xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
-            acc += scaled(part, xs, None, False, SWAP)
+            acc += scaled(part, xs, None, KIND, False, SWAP)
             if GATED:
-                acc_up += scaled(part_up, xs, None, False, SWAP)
+                acc_up += scaled(part_up, xs, None, KIND, False, SWAP)
         x_ptrs += 128
         w_ptrs += 16 * stride_wk
     return acc, acc_up
@@ -295,14 +296,14 @@ def accumulate(
         if xs_ptrs is not None:
             xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
         at = ws_ptrs + k // GROUP_K * stride_wsk if SCALED and ws_ptrs is not None and not FOLD else None
-        acc = scaled_mma(x, w, acc, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
+        acc = scaled_mma(x, w, acc, xs, at, KIND, SCALED, UNIFORM, SWAP, PROMOTE)
         if GATED:
             u = DECODE(load_codes(w_ptrs + up_w, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
             if FOLD:
                 s = load_scales(ws_ptrs + up_ws, k, K, stride_wsk, FOLD, BLOCK_K)
                 u = (u * spread_scales(s, TYPE, KIND, BLOCK_K)).to(MMA)
             at = at + up_ws if at is not None else None
-            acc_up = scaled_mma(x, u, acc_up, xs, at, SCALED, UNIFORM, SWAP, PROMOTE)
+            acc_up = scaled_mma(x, u, acc_up, xs, at, KIND, SCALED, UNIFORM, SWAP, PROMOTE)
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * BITS // (8 if BITS == 6 else BITS) * stride_wk
     return acc, acc_up

@@ -58,6 +58,8 @@ def _check_codes(x: Operand, fmt: Format, transpose: bool, k: int) -> None:
         raise ValueError(f"x_global_scale {what}; format {fmt.name!r}")
     if x.global_scale is not None and tuple(x.global_scale.shape) != (rows, 1):
         raise ValueError(f"x_global_scale must be ({rows}, 1), got {tuple(x.global_scale.shape)}")
+    if x.global_scale is not None and x.global_scale.dtype != torch.float32:
+        raise ValueError(f"x_global_scale must be float32, got {x.global_scale.dtype}")
 
 
 def _check_scale_dtype(codec: Codec, scale: Tensor, name: str) -> None:
@@ -89,6 +91,8 @@ def check_weight(fmt: Format, w: Weight, name: str = "weight") -> None:
         reason = f"no number of {fmt.weight.element.bits}-bit codes fills {w.qdata.shape[2]} bytes"
     if reason:
         raise ValueError(f"{name} {tuple(w.qdata.shape)} of format {fmt.name!r}: {reason}")
+    if fmt.weight.packed and w.qdata.stride(-1) != 1:
+        raise ValueError(f"{name} of format {fmt.name!r} must be contiguous along K, got strides {w.qdata.stride()}")
     _check_scales(fmt, w, name)
     if w.bias is not None and w.bias.shape != w.qdata.shape[:2]:
         raise ValueError(f"the bias of {name} must be {tuple(w.qdata.shape[:2])}, got {tuple(w.bias.shape)}")

@@ -34,8 +34,12 @@ def linear(
     input_scale: () for a static activation scale. Raises ValueError for shapes and scales that do not fit the format.
     """
     fmt = FORMATS[format]
-    if weight.ndim != 2 or not x.ndim or x.shape[-1] != fmt.weight.columns(weight.shape[1]):
-        raise ValueError(f"x (..., K) and weight (N, K) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (N, stored K), got {tuple(weight.shape)}")
+    columns = fmt.weight.columns(weight.shape[1])
+    if not x.ndim or x.shape[-1] != columns:
+        raise ValueError(f"x must be (..., {columns}) for a weight {tuple(weight.shape)} of format {format!r}, "
+                         f"got {tuple(x.shape)}")  # fmt: skip
     check_floats(x)
     check_input_scale(fmt, input_scale, (), "input_scale")
     w = _one_expert(weight, weight_scale, weight_global_scale, weight_zero_point, bias, input_scale)

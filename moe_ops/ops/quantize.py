@@ -16,6 +16,8 @@ def _codec(name: str, x: Tensor) -> Codec:
     codec = FORMATS.codec(name)
     if codec.block is None:
         raise ValueError(f"codec {name!r} stores tensors as they are: there is nothing to quantize")
+    if codec.block[0] > 1:
+        raise ValueError(f"codec {name!r} has blocks of {codec.block[0]} rows: activations take 1 or a whole matrix")
     if x.dtype not in FLOATS:
         raise ValueError(f"quantize takes float16, bfloat16 or float32, got {x.dtype}")
     if not x.ndim:
