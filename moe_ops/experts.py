@@ -15,7 +15,7 @@ from . import routing
 from .activation import Gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
-from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, quantize_weight
+from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, QuantizedModule, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec")
@@ -241,17 +241,16 @@ def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | 
 def _quantize(spec: ExpertsSpec, name: str, weight: Tensor, shards: int, fmt: Format, device: Any) -> QuantizedTensor:
     """Expert by expert, so that one expert in fp32 is all that is held beside the result."""
     weight = weight.detach()
-    out: dict[str, Tensor] = {}
+    n, k = next((n, k) for stored, _, n, k in spec.matrices if stored == name)
+    device = weight.device if device is None else device
+    q = empty_weight(fmt.weight, weight.shape[0], n, k, shards, dtype=weight.dtype, device=device)
+    if q.qdata.is_meta:  # a placeholder for what is still to be loaded
+        return q
     for e in range(weight.shape[0]):
-        w = spec.canonical(name, weight[e].to(device)).contiguous()  # (S*N, K)
-        q = quantize_weight(fmt.weight, w[None], shards)
-        for part in ("qdata", "scale", "zero_point", "global_scale"):
-            t = getattr(q, part)
-            if t is not None:
-                if e == 0:
-                    out[part] = t.new_empty(weight.shape[0], *t.shape[1:])
-                out[part][e].copy_(t[0])
-    return QuantizedTensor(out["qdata"], out.get("scale"), out.get("zero_point"), out.get("global_scale"), fmt.weight)
+        w = spec.canonical(name, weight[e].to(device))  # (S*N, K)
+        for s, matrix in enumerate(w.unflatten(0, (shards, n))):
+            write_matrix(q, e, s, fmt.weight.quantize(matrix.contiguous()), shards)
+    return q
 
 
 def _replace_bias(module: nn.Module, key: str, change: Any) -> None:

@@ -86,6 +86,23 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def skeleton_(
+    model: nn.Module, format: str | Format | Mapping[str, str | Format | None], *, ignore: str | Iterable[str] = (),
+    backend: str | None = None, strict: bool = True,
+) -> nn.Module:  # fmt: skip
+    """As `quantize_`, on a model whose weights are on the meta device: empty quantized modules, to be loaded into.
+
+    Every quantized parameter is on meta, with the shape and dtype that it will have. Raises ValueError as `quantize_`.
+    """
+    found = plan(model, parse(format, ignore), strict, loaded=False)
+    _raise(found.problems)
+    remember_left(model, found.left)
+    for target in found.targets:
+        _store(target, _quantized(target, backend, None))
+    return model
+
+
 def _check_device(device: torch.device | str) -> None:
     """Before anything is changed: a device that is not there would fail at the first module."""
     try:

@@ -78,8 +78,11 @@ def check_not_compiled(model: nn.Module) -> None:
             raise ValueError(f"{name or 'the model'} is compiled ({type(m).__name__}): quantize first, then compile")
 
 
-def plan(model: nn.Module, rules: Rules, strict: bool) -> Plan:
-    """What to do with every module. All refusals are collected; non-finite weights are looked for only without any."""
+def plan(model: nn.Module, rules: Rules, strict: bool, loaded: bool = True) -> Plan:
+    """What to do with every module. All refusals are collected; non-finite weights are looked for only without any.
+
+    loaded: the weights are there; else they may be on meta, and nothing is read from them.
+    """
     check_not_compiled(model)
     found, everything = Plan(), places(model)
     unmatched = rules.unmatched([name for p in everything for name in p.names])
@@ -97,14 +100,14 @@ def plan(model: nn.Module, rules: Rules, strict: bool) -> Plan:
         if isinstance(m, QuantizedModule):
             _already(found, place, rules)
         elif id(m) in specs:
-            _take_experts(found, place, specs[id(m)], rules, strict)
+            _take_experts(found, place, specs[id(m)], rules, strict, loaded)
         elif id(m) in reasons:
             _refuse_experts(found, place, reasons[id(m)], rules, strict)
         elif type(m) is nn.Linear or id(m) in fixed:
-            _take_linear(found, place, fixed.get(id(m)), rules)
+            _take_linear(found, place, fixed.get(id(m)), rules, loaded)
         else:
             _check_foreign(found, place, rules)
-    if not found.problems:
+    if loaded and not found.problems:
         found.problems += [text for t in found.targets for text in _non_finite(t)]
     return found
 
@@ -198,7 +201,9 @@ def _already(found: Plan, place: Place, rules: Rules) -> None:
         )
 
 
-def _take_experts(found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, strict: bool) -> None:
+def _take_experts(
+    found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, strict: bool, loaded: bool
+) -> None:
     picked = rules.pick(place.names, "experts")
     if picked.format is None:
         found.leave(place, "experts", picked.note)
@@ -206,7 +211,7 @@ def _take_experts(found: Plan, place: Place, spec: ExpertsSpec, rules: Rules, st
     weights = [place.module._parameters.get(name) for name, *_ in spec.matrices]
     if reason := experts.cannot_take(spec, picked.format):
         _refuse_experts(found, place, reason, rules, strict)
-    elif problem := _unusable(place.module):
+    elif problem := _unusable(place.module, loaded):
         found.problems.append(f"{place.name or 'the model'} {problem}")
     elif reason := wrong_dtype(*weights):
         _refuse_experts(found, place, reason, rules, strict)
@@ -222,7 +227,7 @@ def _refuse_experts(found: Plan, place: Place, reason: str, rules: Rules, strict
         found.problems.append(f"{place.name or 'the model'}: {reason} (strict=False leaves such experts in float)")
 
 
-def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> None:
+def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules, loaded: bool) -> None:
     m, picked = place.module, rules.pick(place.names, "linear")
     kind = "linear" if type(m) is nn.Linear else type(m).__name__
     if fixed is not None:
@@ -243,7 +248,7 @@ def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules) -> 
         found.leave(place, kind, f"its weight is computed, from {', '.join(m._parameters)}")
     elif reason := linear.cannot_take(m, picked.format) or _read_by_parent(place):
         found.leave(place, kind, reason)
-    elif problem := _unusable(m):
+    elif problem := _unusable(m, loaded):
         found.problems.append(f"{place.name or 'the model'} {problem}")
     elif reason := wrong_dtype(m.weight):
         found.leave(place, kind, reason)
@@ -271,7 +276,7 @@ def _source(cls: Any) -> str:
         return ""
 
 
-def _unusable(m: nn.Module) -> str | None:
+def _unusable(m: nn.Module, loaded: bool) -> str | None:
     """Why a module of the right kind cannot be replaced."""
     hook = m.__dict__.get("_hf_hook")
     hooks = [hook, *getattr(hook, "hooks", ())]
@@ -280,7 +285,7 @@ def _unusable(m: nn.Module) -> str | None:
     if "forward" in m.__dict__ and hook is None:
         return "has its forward replaced on the instance, which replacing the module would lose"
     for name, p in m.named_parameters(recurse=False):
-        if p.device.type == "meta":
+        if loaded and p.is_meta:
             return f"is on the meta device ({name}): load its weights first"
         if _is_foreign(p):
             return f"holds {_describe(name, p)}: quantized or sharded by another library"

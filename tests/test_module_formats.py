@@ -12,6 +12,7 @@ from toy_moe import EXPERTS_AT, HIDDEN, INTERMEDIATE, LAYOUTS, ToyModel, bits, c
 from toy_moe import relative_error as rel
 
 from moe_ops import FORMATS, QuantizedLinear, dequantize_, quantize_, summary
+from moe_ops.quantize import skeleton_
 
 SIZES = {name: dict(zip(("hidden", "intermediate"), oracle.fit(name, HIDDEN, INTERMEDIATE))) for name in FORMATS}
 
@@ -138,3 +139,18 @@ def test_scales_do_not_load_as_other_numbers():
     state = {k: v.bfloat16() if k.endswith("_scale") else v for k, v in fp8.state_dict().items()}
     fp8.load_state_dict(state)
     assert fp8.get_parameter(key).dtype == torch.float32 and torch.equal(fp8.get_parameter(key), state[key].float())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_skeleton_has_the_storage_of_the_quantized_model(name):
+    sizes = dict(zip(("hidden", "intermediate"), oracle.fit(name, HIDDEN, INTERMEDIATE)))
+    want = quantize_(ToyModel(**sizes), name)
+    with torch.device("meta"):
+        got = skeleton_(ToyModel(**sizes), name)
+    shapes = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()} for m in (got, want)]
+    assert shapes[0] == shapes[1] and all(p.is_meta for p in got.parameters())
+    assert [type(m) for m in got.modules()] == [type(m) for m in want.modules()]
+    assert [r.note for r in summary(got).rows] == [r.note for r in summary(want).rows]
+    got.to_empty(device="cpu").load_state_dict(want.state_dict())
+    with torch.no_grad():
+        assert torch.equal(got(tokens()), want(tokens()))

@@ -291,18 +291,18 @@ def test_float_weights_are_freed_one_module_at_a_time(monkeypatch):
         alive.append(sum(w() is not None for w in weights))
         return real(*args, **kwargs)
 
-    inner = moe_ops.experts.quantize_weight
+    inner = moe_ops.experts.write_matrix
 
-    def one_expert(codec, w, shards):
-        largest.append(w.shape[0])
-        return inner(codec, w, shards)
+    def one_matrix(q, e, s, matrix, shards):
+        largest.append(tuple(matrix.qdata.shape))
+        inner(q, e, s, matrix, shards)
 
     monkeypatch.setattr(moe_ops.experts, "_quantize", watch)
-    monkeypatch.setattr(moe_ops.experts, "quantize_weight", one_expert)
+    monkeypatch.setattr(moe_ops.experts, "write_matrix", one_matrix)
     quantize_(model, "fp8")
     gc.collect()
     assert alive == [2, 2, 1, 1] and not any(w() is not None for w in weights)
-    assert set(largest) == {1}
+    assert set(largest) == {(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)}
 
 
 def test_progress(capsys):

@@ -259,6 +259,30 @@ def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedT
     return QuantizedTensor(qdata, scale, None, torch.stack(globals_) if globals_ else None, codec)
 
 
+def empty_weight(
+    codec: Codec, num_experts: int, n: int, k: int, shards: int = 1, *, dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> QuantizedTensor:  # fmt: skip
+    """Uninitialised storage of what `quantize_weight` gives for a weight (E, S*N, K) of `dtype`; n = N, one shard's."""
+    one = quantize_weight(codec, torch.empty(1, shards * n, k, dtype=dtype, device="meta"), shards)
+
+    def empty(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.empty(num_experts, *t.shape[1:], dtype=t.dtype, device=device)
+
+    qdata = empty(one.qdata)
+    assert qdata is not None
+    return QuantizedTensor(qdata, empty(one.scale), empty(one.zero_point), empty(one.global_scale), codec)
+
+
+def write_matrix(q: QuantizedTensor, expert: int, shard: int, matrix: QuantizedTensor, shards: int = 1) -> None:
+    """Store one quantized matrix (N, K) in place: its codes and scales, where `quantize_weight` would have put them."""
+    for part in ("qdata", "scale", "zero_point", "global_scale"):
+        whole, mine = getattr(q, part), getattr(matrix, part)
+        if whole is not None:
+            to = whole[expert].unflatten(0, (shards, -1))[shard]
+            to.copy_(mine.view(to.shape))
+
+
 def dequantize_weight(q: QuantizedTensor, shards: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of `quantize_weight`: (E, S*N, K) in `dtype`."""
     if q.scale is None:
