@@ -21,6 +21,7 @@ class Config:
     stages: int
     swap: bool = False  # weights first: they fill the 64 rows of a warp group's product
     group_m: int = 1  # row tiles that go through the columns together
+    parts: int = 1  # of K, each a tile of its own, added afterwards
     short: int = 0  # the last rows of an expert, if no more than this, are a tile of this height
     few: int = 0  # fewer tiles than this leave multiprocessors idle: they are made ...
     narrow: tuple[int, int, int] = (0, 0, 0)  # ... of so many channels, by so many warps, in so many stages
