@@ -59,9 +59,10 @@ def candidates(job: Job) -> Iterator[Config]:
 def _nibbles(r: float) -> Iterator[Config]:
     """Weights of 4 bits: 128 columns a step, always."""
     if r <= 16:
-        tiles = (16, 4, 6), (32, 2, 4), (32, 4, 4), (32, 4, 6), (64, 4, 3), (64, 4, 5), (128, 4, 3)
+        tiles = (32, 4, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3)
         yield from (Config(16, n, 128, w, s, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4, 8)))
-        yield from (Config(16, 64, 128, 4, 4, swap=True, parts=p) for p in (1, 4))
+        tiles = (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 8, 3)
+        yield from (Config(16, n, 128, w, s, swap=True, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4)))
     elif r <= 40:
         yield from (Config(32, n, 128, w, s) for n, w, s in ((32, 4, 4), (64, 4, 3), (128, 8, 3)))
         yield from (Config(32, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 3), (64, 4, 4), (128, 8, 3)))
@@ -81,9 +82,10 @@ def _nibbles(r: float) -> Iterator[Config]:
 def _decoded(r: float) -> Iterator[Config]:
     """Weights of 8 or 6 bits that become bf16 in registers."""
     if r <= 16:
-        tiles = (32, 2, 4), (32, 4, 4), (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3)
+        tiles = (32, 4, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)
         yield from (Config(16, n, 128, w, s, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4)))
-        yield from (Config(16, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 4), (128, 8, 3)))
+        tiles = (64, 4, 4), (128, 8, 3)
+        yield from (Config(16, n, 128, w, s, swap=True, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4)))
     elif r <= 40:
         yield from (Config(32, n, 128, w, s) for n, w, s in ((32, 4, 4), (64, 4, 3), (128, 8, 3)))
         yield from (Config(32, n, 128, w, s, swap=True) for n, w, s in ((64, 4, 3), (128, 8, 3)))
@@ -105,7 +107,8 @@ def _same_type(job: Job) -> Iterator[Config]:
     if r <= 64:
         m = 16 if r <= 16 else 32 if r <= 32 else 64
         tiles = [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)]
-        yield from (Config(m, n, k, w, s, swap=True) for (n, w, s), k in product(tiles, ks))
+        parts = (1, 2, 4) if r <= 16 else (1,)
+        yield from (Config(m, n, k, w, s, swap=True, parts=p) for (n, w, s), k, p in product(tiles, ks, parts))
         yield from (Config(m, n, ks[0], 4, 4) for n in (64, 128))
     if r > 32:
         tall = (64,) if r <= 64 else (64, 128) if r <= 200 else (128, 256)

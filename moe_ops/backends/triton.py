@@ -104,7 +104,7 @@ def _plan(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: int)
     """dtype: that of x, or of the result where x is codes."""
     native, weight, act = has_fp8(arch), fmt.weight, fmt.activation if quantized_x else None
     group, group_x = _group(weight), _group(act)
-    fold = group if group and (group % 128 or weight.element.bits == 4) else 0
+    fold = group if group % 128 else 0
     alike = act is not None and act.element == weight.element and not fold and not group_x % 128
     alike = alike and not (group_x and act is not None and act.scale_dtype.itemsize == 1)
     decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
@@ -151,11 +151,11 @@ def _config(plan: Plan, arch: int, rows: int, w: Weight, k: int, scaled: bool, g
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
     per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
     if transpose:
-        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k)
+        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k, 0)
     promoted = scaled or plan.promote is not None
     channels = w.qdata.shape[1] // (2 if gated else 1)
     kind = Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None)
-    config = choose(kind, arch, per_expert, experts if invariant else round(touched), channels)
+    config = choose(kind, arch, per_expert, experts if invariant else round(touched), channels, k)
     return replace(config, short=0) if invariant else config
 
 
@@ -271,8 +271,8 @@ def product(
     along_k = _group(fmt.weight) and not plan.fold
     scaled = prepared is not None and plan.types is None and bool(along_k or prepared.along_k is not None)
     config = _config(plan, arch, num_rows, weight, k, scaled, gated, transpose, batch_invariant)
-    if gate is not None and rows.weights is not None:
-        config = replace(config, parts=1)  # weights come after the activation
+    if transpose or (gate is not None and rows.weights is not None):  # weights come after the activation
+        config = replace(config, parts=1)
     size = (num_rows, width) if config.parts == 1 else (config.parts, num_rows, 2 * width if gated else width)
     out = torch.empty(size, dtype=out_dtype if config.parts == 1 else torch.float32, device=x.device)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)

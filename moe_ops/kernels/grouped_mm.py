@@ -88,7 +88,8 @@ def multiply(
     elif NIBBLES:
         acc, acc_up = accumulate_nibbles(
             x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_wk, stride_xsk,
-            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, FOLD, AHEAD, GATED, EVEN_K, SWAP,
+            stride_wsk, MMA, DECODE, ELEMENT, KIND, BLOCK_M, BLOCK_N, GROUP_X, GROUP_K, FOLD, AHEAD, GATED, SCALED, UNIFORM,
+            EVEN_K, SWAP,
         )  # fmt: skip
     else:
         acc, acc_up = accumulate(

@@ -6,7 +6,7 @@ M rows (sorted by expert), N output channels, K contraction, E experts; BM, BN, 
 import triton
 import triton.language as tl
 
-from .decode import pair_values, scale_value
+from .decode import PAIR_UNIT, pair_values, scale_value
 
 
 @triton.jit
@@ -186,8 +186,8 @@ def plane(words, P: tl.constexpr, TYPE: tl.constexpr, DECODE: tl.constexpr, ELEM
 def accumulate_nibbles(
     x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, end, K, stride_wk, stride_xsk, stride_wsk,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr,
-    EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, GROUP_K: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` for weights of 4 bits: w_ptrs (BN, 16) to words, x_ptrs (BM, 32) to rows in the order of nibbles.
 
@@ -196,7 +196,7 @@ def accumulate_nibbles(
     i = tl.arange(0, 16)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     acc_up = acc
-    TYPE: tl.constexpr = MMA if MMA == tl.bfloat16 and KIND != "float32" else tl.float32
+    TYPE: tl.constexpr = MMA if not FOLD or (MMA == tl.bfloat16 and KIND != "float32") else tl.float32
     ahead, ahead_up = acc, acc
     if AHEAD:
         ahead = load_scales(ws_ptrs, begin, K, stride_wsk, FOLD, 128)
@@ -204,7 +204,7 @@ def accumulate_nibbles(
     for k in range(begin, end, 128):
         inside = (k + 8 * i)[None, :] < K
         w = load_k(w_ptrs, inside, EVEN_K)
-        part = acc if xs_ptrs is None else tl.zeros_like(acc)
+        part = tl.zeros_like(acc) if SCALED else acc
         part_up, u = part, w
         ws = tl.full((1, 1), 1.0, TYPE)
         us = ws
@@ -215,7 +215,7 @@ def accumulate_nibbles(
             ws = spread_scales(load_scales(ws_ptrs, k, K, stride_wsk, FOLD, 128), TYPE, KIND, 32)
         if GATED:
             u = load_k(w_ptrs + up_w, inside, EVEN_K)
-            part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
+            part_up = tl.zeros_like(acc) if SCALED else acc_up
             if AHEAD:
                 us = spread_scales(ahead_up, TYPE, KIND, 32)
                 ahead_up = load_scales(ws_ptrs + up_ws, k + 128, K, stride_wsk, FOLD, 128)
@@ -226,15 +226,20 @@ def accumulate_nibbles(
             part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * ws).to(MMA), part, SWAP, None)
             if GATED:
                 part_up = mma(x, (plane(u, p, TYPE, DECODE, ELEMENT) * us).to(MMA), part_up, SWAP, None)
-        if xs_ptrs is None:
-            acc, acc_up = part, part_up
-        else:
-            xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
-            acc += scaled(part, xs, None, KIND, False, SWAP)
+        if SCALED:
+            xs = tl.full((), 1.0, tl.float32)
+            if xs_ptrs is not None:
+                xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
+            at = None if FOLD or ws_ptrs is None else ws_ptrs + k // GROUP_K * stride_wsk
+            acc += scaled(part, xs, at, KIND, UNIFORM, SWAP)
             if GATED:
-                acc_up += scaled(part_up, xs, None, KIND, False, SWAP)
+                acc_up += scaled(part_up, xs, at if at is None else at + up_ws, KIND, UNIFORM, SWAP)
+        else:
+            acc, acc_up = part, part_up
         x_ptrs += 128
         w_ptrs += 16 * stride_wk
+    if TYPE == tl.bfloat16 and ELEMENT[0] == 0:
+        acc, acc_up = acc * PAIR_UNIT, acc_up * PAIR_UNIT
     return acc, acc_up
 
 
