@@ -179,8 +179,7 @@ def listed(arch: int) -> set[tuple]:
 
 def entries_of(entries: Table) -> list[Config]:
     """The configurations of a table as they are used: whole, and in parts of K where that may be."""
-    parts = {config: (1, 2) if config.programs else (1,) for config in entries.values()}
-    return [replace(config, parts=p, programs=0) for config in parts for p in parts[config]]
+    return [replace(c, parts=p, programs=0) for c in entries.values() for p in ((1, c.parts) if c.programs else (1,))]
 
 
 def others(arch: int) -> list[Other]:

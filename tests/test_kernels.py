@@ -252,7 +252,7 @@ def layer_for(name, experts, hidden, intermediate, **options):
 
 
 @pytest.mark.parametrize("case", pairwise.fewest(
-    [{"name": name, "kind": kind, "tile": tile} for name in FORMATS for kind in LAYERS for tile in (LAYER_TILE, "parts")],
+    [{"name": n, "kind": kind, "tile": tile} for n in FORMATS for kind in LAYERS for tile in (LAYER_TILE, "parts")],
     layer_shows), ids=ids_of)  # fmt: skip
 def test_experts(case):
     """Forward and gradients: error against float64 at most twice what plain torch's is."""

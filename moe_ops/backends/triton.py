@@ -149,7 +149,7 @@ def _config(plan: Plan, arch: int, rows: int, w: Weight, k: int, scaled: bool, g
             invariant: bool) -> Config:  # fmt: skip
     experts = w.qdata.shape[0]
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
-    per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
+    per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0), 1)
     if transpose:
         return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k, 0)
     promoted = scaled or plan.promote is not None
@@ -191,7 +191,8 @@ class Sums:
         gate, (r, n) = self.gate, self.shape
         width = -(-n // CHUNK) * CHUNK if nibbles else n
         out = torch.empty(r, width, dtype=dtype or self.dtype, device=self.device)
-        act, numbers = None, (None, None, None)
+        act: Any = None
+        numbers: tuple = (None, None, None)
         if gate is not None:
             act, numbers = ACTIVATIONS[gate.activation], (gate.alpha, gate.beta, gate.limit)
         if out.numel():
