@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_ops import QuantizedLinear
-from moe_ops.backends import BACKENDS, Problem, cpu_matrix, select, torch_native
+from moe_ops.backends import BACKENDS, Problem, cpu_matrix, cpu_products, select
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.backends.cpu_decode import decoder, from_planes, half_scales, scale_values, spread, to_planes
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
@@ -89,12 +89,22 @@ def test_odd_sizes(name, n, k, rows):
     check(linear_of(name, n, k, True), torch.randn(rows, k).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_strided_rows(name, rows):
+    q, x = linear_of(name, 64, 128, False), torch.randn(rows, 512).bfloat16()
+    q.backend = "torch"
+    for strided in (x[:, 128:256], x[:, ::4], x.view(-1, 128)[::4], x[:, :128].t().contiguous().t()):
+        assert torch.equal(q(strided), q(strided.contiguous()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [2, 9])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_many_blocks(name, rows, dtype, monkeypatch):
     """A matrix decoded in blocks of 50 rows and a rest."""
-    monkeypatch.setattr(cpu_matrix, "_BLOCK", 50 * 256 + 1)
+    for kind in ("_HALVES", "_FLOATS"):
+        monkeypatch.setattr(cpu_matrix, kind, 50 * 256 + 1)
     check(linear_of(name, 192, 256, False, dtype), torch.randn(rows, 256).to(dtype))
 
 
@@ -168,14 +178,23 @@ TAKEN = [
 
 @pytest.mark.parametrize("name,rows,route", TAKEN)
 def test_routes(name, rows, route, monkeypatch):
-    if not torch.cpu._is_vnni_supported() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not cpu_products._has_vnni() or not cpu_products._has_bf16():
         pytest.skip("other routes on this CPU")
     taken = []
     for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_grouped", "_fp32"):
-        f = getattr(torch_native, known)
-        monkeypatch.setattr(torch_native, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
+        f = getattr(cpu_products, known)
+        monkeypatch.setattr(cpu_products, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
     check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())
     assert taken == [route]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_other_processors(name, monkeypatch):
+    """Without exact int8 sums, and without products in bf16."""
+    monkeypatch.setattr(cpu_products, "_has_vnni", lambda: False)
+    for rows, has_bf16 in ((1, True), (8, True), (8, False), (30, False)):
+        monkeypatch.setattr(cpu_products, "_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12])

@@ -40,7 +40,7 @@ class Activations:
 
     def take(self, index: Tensor | slice) -> Taken:
         codes, scale = (None if t is None else t[index] for t in (self.codes, self.scale))
-        return Taken(self.values[index], self.exact, codes, scale, self.planes)
+        return Taken(self.values[index].contiguous(), self.exact, codes, scale, self.planes)
 
 
 class Taken:

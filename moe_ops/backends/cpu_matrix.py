@@ -17,7 +17,8 @@ from ..formats import Codec
 from .base import Weight
 from .cpu_decode import Decoder, decoder, half_scales, half_top, scale_values, spread
 
-_BLOCK = 1 << 20  # numbers in a block: 2 MB of halves, and Python's share of its time stays below a tenth
+# Numbers in a block: 4 MB of them stay in the cache, and with less threads would meet too often.
+_HALVES, _FLOATS = 1 << 21, 1 << 20
 _SIGNIFICAND = {torch.float8_e8m0fnu: 1, torch.float8_e4m3fn: 4, torch.bfloat16: 8}
 
 Block = tuple[int, int, Tensor]  # rows a to b of a matrix, and their numbers
@@ -77,7 +78,6 @@ class Matrix:
         self.block_n, self.group = codec.block
         self.decode, self.planes, self.each = self.plan.decode, self.plan.decode.planes, self.plan.each
         self.whole = not self.group or not self.k % self.group  # no group is partial
-        self._rows = max(1, min(self.n, _BLOCK // max(self.k, 1)))
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def codes(self, e: int) -> Tensor:
@@ -109,11 +109,11 @@ class Matrix:
             self._buffers[dtype, rows] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
         return self._buffers[dtype, rows]
 
-    def decoded(self, e: int) -> Iterator[Block]:
+    def decoded(self, e: int, numbers: int) -> Iterator[Block]:
         """Blocks (B, P, L) without any scale, in the dtype of the decoder."""
-        codes = self.codes(e)
-        for a in range(0, self.n, self._rows):
-            b = min(a + self._rows, self.n)
+        codes, rows = self.codes(e), max(1, numbers // max(self.k, 1))
+        for a in range(0, self.n, rows):
+            b = min(a + rows, self.n)
             if self.plan.is_bytes:
                 yield a, b, codes[a:b, None]
             else:
@@ -124,7 +124,7 @@ class Matrix:
     def floats(self, e: int, scaled: bool = True) -> Iterator[Block]:
         """Blocks (B, K) in fp32, times the scales of groups unless told otherwise."""
         groups = scale_values(self.groups(e)) * self.decode.factor if self.group and scaled else None
-        for a, b, block in self.decoded(e):
+        for a, b, block in self.decoded(e, _FLOATS):
             out = self._buffer(torch.float32, b - a).copy_(block)
             if groups is not None:
                 self._scale_floats(out, groups[a:b])
@@ -141,7 +141,7 @@ class Matrix:
 
     def bf16(self, e: int) -> Iterator[Block]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
-        for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
+        for a, b, block in self.decoded(e, _FLOATS) if self.plan.is_bytes else self.floats(e):
             out = self._buffer(torch.bfloat16, b - a)
             yield a, b, out.copy_(block.view_as(out)).flatten(1)
 
@@ -151,7 +151,7 @@ class Matrix:
 
     def halves(self, e: int, scales: Tensor | None) -> Iterator[Block]:
         """Blocks (B, K) in half, times scales (N, G)."""
-        for a, b, block in self.decoded(e):
+        for a, b, block in self.decoded(e, _HALVES):
             if scales is None:
                 pass
             elif self.each >= 32:  # vectors of 32 halves
