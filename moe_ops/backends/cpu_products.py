@@ -1,20 +1,19 @@
 """Products of a few experts with their rows on the CPU, by the route that is fastest.
 
     int8    codes are bytes, x is int8 or bf16: torch's product with int8 weights, or exact sums of int8 products
-    half    up to 3 rows: halves hold the decoded codes exactly, and torch's product with a vector of halves is fast
-    bf16    more rows: bf16 holds the decoded block and x exactly
-    fp32    whatever else
+    bf16    a result in bf16, and more than a few rows: bf16 holds the decoded block and x exactly
+    fp32    whatever else; x takes the scales of tiles, blocks of the matrix those of groups
 
-torch rounds products of halves and of bf16 before they meet their scales. A result in bf16 bears that: its error is 1.0
-and 1.4 times the reference's. Where it is made into codes it does not, for those that turn over cost more than the
-rounding; there a product is made twice, the second time with the first subtracted inside, and the sum of both is as
-good as fp32.
+torch rounds products of bf16 before they meet their scales. A result in bf16 bears that: its error is 1.4 times the
+reference's. Where it is made into codes it does not, for those that turn over cost more than the rounding; there a
+product is made twice, the second time with the first subtracted inside, and the sum of both is as good as fp32.
 
 R rows of a run of experts, M of one expert, N output channels, K contraction, G groups of K, P planes (cpu_decode.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -27,8 +26,7 @@ from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _CHUNKED_ROWS = 3, 3, 24, 8
-_CHUNK = 128  # columns of fp32 in a product of few rows: torch runs a batch of those on every core, one product on one
+_BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS = 3, 24, 8, 3
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -89,9 +87,7 @@ class Product:
         self.matrix, self.x, self.run = matrix, x, run
         self.rounded = rounded and x.exact  # to bf16 or half, for the result is bf16
         self.twice = twice  # if so, not without making the product again
-        self.few = _HALF_ROWS if self.rounded and matrix.plan.fits_half and matrix.whole else 0  # rows for `_half`
-        scaled = matrix.group and any(b - a <= self.few for _, a, b in run.spans)
-        self.half_scales = matrix.half_scales(run.experts()) if scaled else None
+        self.tall = matrix.tall()
 
 
 def product(p: Product) -> Tensor:
@@ -107,8 +103,6 @@ def product(p: Product) -> Tensor:
 
 def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], None]:
     """For m rows: a function of the product, position in the run, expert and its rows, that fills what it is given."""
-    if m <= p.few:
-        return _half
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
     bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and _has_vnni()
@@ -118,9 +112,9 @@ def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], N
         return _bytes
     if vnni and x.exact and m <= _DIGITS_ROWS:
         return _digits
-    if plan.bits <= 8 and p.rounded and (m > _CHUNKED_ROWS or not p.twice) and _has_bf16():
+    if plan.bits <= 8 and p.rounded and m > (_SPLIT_ROWS if p.twice else _FP32_ROWS) and _has_bf16():
         return _bf16
-    return _grouped if plan.each >= _CHUNK // 2 and m <= _CHUNKED_ROWS and matrix.whole else _fp32
+    return _tiles if p.tall and m <= _SPLIT_ROWS else _fp32
 
 
 def _int_mm(codes: Tensor, x: Tensor) -> Tensor:
@@ -147,23 +141,6 @@ def _digits(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     torch.add(high, torch.add(mid, low, alpha=2.0**-7), alpha=2.0**-7, out=out).mul_(unit[mine])
 
 
-def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
-    rows, power = p.x.halves(p.matrix.plan.largest_half)
-    scales, unit = (None, None) if p.half_scales is None else (p.half_scales[0][i], p.half_scales[1][i])
-    first = rows.new_empty(out.shape)
-    rest = torch.empty_like(first) if p.twice else None
-    for a, b, block in p.matrix.halves(e, scales):
-        for j in range(out.shape[0]):
-            torch.mv(block, rows[mine.start + j], out=first[j, a:b])
-            if rest is not None:
-                torch.addmv(-first[j, a:b], block, rows[mine.start + j], out=rest[j, a:b])
-    torch.mul(first, power[mine], out=out)
-    if rest is not None:
-        out += rest * power[mine]
-    if unit is not None:
-        out *= unit
-
-
 def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     rows = p.x.bf16[mine]
     for a, b, block in p.matrix.bf16(e):
@@ -174,20 +151,31 @@ def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
 
 
 def _fp32(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
-    rows, few = p.x.floats[mine], out.shape[0] <= _CHUNKED_ROWS and not p.matrix.k % _CHUNK
+    rows = p.x.floats[:, mine]  # (P, M, L)
     for a, b, block in p.matrix.floats(e):
-        out[:, a:b] = _chunked(rows, block, _CHUNK).sum(0) if few else linear(rows, block)
+        if out.shape[0] <= _SPLIT_ROWS:
+            out[:, a:b] = _split(rows, block)
+            continue
+        out[:, a:b] = linear(rows[0], block[0])
+        for plane, lanes in zip(rows[1:], block[1:]):
+            out[:, a:b].addmm_(plane, lanes.t())
 
 
-def _grouped(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
-    """Scales of long groups multiply the sums of their groups."""
+def _split(x: Tensor, block: Tensor) -> Tensor:
+    """x (P, M, L), block (P, B, L) -> (M, B): torch runs a batch of products on every core, one of few rows on one."""
+    planes, m, lanes = x.shape
+    parts = math.gcd(block.shape[1], -(-torch.get_num_threads() // planes))
+    x = x if parts == 1 else x[:, None].expand(-1, parts, -1, -1).reshape(-1, m, lanes)
+    y = torch.bmm(x, block.reshape(x.shape[0], -1, lanes).transpose(1, 2))  # (P * parts, M, B / parts)
+    y = y if planes == 1 else y.unflatten(0, (planes, parts)).sum(0)
+    return y.transpose(0, 1).reshape(m, -1)
+
+
+def _tiles(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    """x times the scales of each row of tiles, which are much fewer than numbers of the matrix."""
     matrix = p.matrix
-    scales = (matrix.groups(e).float() * matrix.plan.decode.factor).t().unsqueeze(1)  # (G, 1, N)
+    rows = p.x.floats[:, mine] * matrix.tiles(e)[:, None]  # (R, M, K)
     for a, b, block in matrix.floats(e, scaled=False):
-        sums = _chunked(p.x.floats[mine], block, matrix.each).unflatten(0, (matrix.planes, -1))  # (P, G, M, B)
-        out[:, a:b] = (sums * scales[..., a:b]).sum((0, 1))
-
-
-def _chunked(x: Tensor, block: Tensor, chunk: int) -> Tensor:
-    """x (M, K), block (B, K) -> sums over chunks of columns (K / chunk, M, B)"""
-    return torch.bmm(x.unflatten(1, (-1, chunk)).transpose(0, 1), block.unflatten(1, (-1, chunk)).permute(1, 2, 0))
+        first, last = a // matrix.block_n, b // matrix.block_n
+        y = torch.bmm(rows[first:last], block.view(last - first, matrix.block_n, -1).transpose(1, 2))
+        out[:, a:b] = y.transpose(0, 1).flatten(1)

@@ -17,7 +17,7 @@ from ..formats import FORMATS, Format
 from . import compose, reference
 from .base import Operand, Problem, Rows, Weight
 from .cpu_activations import Activations, Taken
-from .cpu_decode import decoder, from_planes
+from .cpu_decode import decoder
 from .cpu_matrix import Matrix
 from .cpu_products import Product, Run, product, runs
 
@@ -61,14 +61,15 @@ def _finish(y: Tensor, w: Weight, run: Run, gate: Gate | None, out_dtype: torch.
 
 def _transposed(matrix: Matrix, x: Taken, run: Run) -> Tensor:
     """x (R, N), gate first -> (R, K)"""
-    rows, channels = x.floats, matrix.channels(run.owners())
+    rows, channels = x.floats[0], matrix.channels(run.owners())
     rows = interleave(rows) if matrix.weight.interleaved else rows
     rows = rows if channels is None else rows * channels
-    out = rows.new_zeros(rows.shape[0], matrix.k)
+    out = rows.new_zeros(matrix.planes, rows.shape[0], matrix.k // matrix.planes)
     for _, e, mine in run:
         for a, b, block in matrix.floats(e):
-            out[mine].addmm_(rows[mine, a:b], block)
-    return from_planes(out, matrix.planes)
+            for plane, lanes in zip(out, block):
+                plane[mine].addmm_(rows[mine, a:b], lanes)
+    return out.permute(1, 2, 0).flatten(1)
 
 
 class Parts:
