@@ -42,6 +42,7 @@ class Decoder:
             self._shift, self._mask = _numbers(shift), _numbers(magnitude - (1 << 15))
             to_top = (12, 8, 4, 0) if element.bits == 4 else (8 - shift,)
             self._to_top = _numbers(*(1 << by for by in to_top))[:, None, None]
+        self.largest = element.max / self.factor  # magnitude of what decoding gives
         self.is_bytes = self.dtype == element.storage  # codes are what decoding would give
 
     def __call__(self, codes: Tensor, out: Tensor) -> None:
@@ -107,7 +108,7 @@ def to_planes(x: Tensor, planes: int) -> Tensor:
 
 @cache
 def _scale_table(dtype: torch.dtype, factor: float, copies: int) -> Tensor:
-    """For each byte (1, 256): the scale it stands for times a factor; several copies of it as one number of 16 bytes."""
+    """For each byte (1, 256): its scale times a factor; several copies of that as one number of 16 bytes."""
     values = torch.arange(256, device="cpu").to(torch.uint8).view(dtype).float() * factor
     if copies == 1:
         return values[None]
@@ -116,11 +117,13 @@ def _scale_table(dtype: torch.dtype, factor: float, copies: int) -> Tensor:
 
 
 def scale_values(scale: Tensor, factor: float = 1.0, copies: int = 1) -> Tensor:
-    """scale (N, G) of any dtype, times a factor, in fp32 (N, G * copies). Bytes are looked up, for torch converts them
-    one by one; those may be copied: 4 times, or 8 times if bf16 holds them."""
+    """scale (N, G) of any dtype, times a factor: (N, G * copies) in fp32, or bf16 where there are 8 copies.
+
+    Bytes are looked up, for torch converts them one by one; only those may be copied, 4 or 8 times.
+    """
     if scale.dtype.itemsize > 1:
         assert copies == 1
-        return scale.float() * factor
+        return scale.to(torch.float32, copy=True).mul_(factor)
     table = _scale_table(scale.dtype, factor, copies)
     found = table.expand(scale.shape[0], -1).gather(1, scale.view(torch.uint8).long())
-    return found if copies == 1 else found.view(torch.float32 if copies == 4 else torch.bfloat16).float()
+    return found if copies == 1 else found.view(torch.float32 if copies == 4 else torch.bfloat16)

@@ -40,6 +40,7 @@ class Plan:
     bits: int  # of the significand
     each: int  # lanes that share a scale; 0: scales do not change along K
     is_bytes: bool  # codes are int8, and scales do not change along K
+    is_half: bool  # decoding gives halves in the order of K, and scales do not change along K
 
 
 @cache
@@ -47,7 +48,8 @@ def plan_of(codec: Codec) -> Plan:
     found = decoder(codec.element)
     assert found is not None and codec.block is not None
     group = codec.block[1]
-    return Plan(found, significand(codec), group // found.planes, found.is_bytes and not group)
+    is_half = found.dtype == torch.float16 and found.planes == 1 and not group
+    return Plan(found, significand(codec), group // found.planes, found.is_bytes and not group, is_half)
 
 
 @cache
@@ -69,9 +71,10 @@ class Matrix:
         self.n, self.k = weight.qdata.shape[1], codec.columns(weight.qdata.shape[2])
         self.block_n, self.group = codec.block
         self.decode, self.planes, self.each = self.plan.decode, self.plan.decode.planes, self.plan.each
+        self.lanes = self.k // self.planes
         self.whole = not self.group or not self.k % self.group  # no group is partial
         self._rows = self._block_rows()
-        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def codes(self, e: int) -> Tensor:
         """(N, stored K)"""
@@ -104,13 +107,10 @@ class Matrix:
         index = _scale_rows(self.n, self.weight.shards, block, self.weight.interleaved)
         return scale if index is None else scale.index_select(dim, index)
 
-    def _buffer(self, dtype: torch.dtype, rows: int, planes_first: bool = True) -> Tensor:
-        """(P, B, L), or (B, P, L)"""
-        if (dtype, rows) not in self._buffers:
-            lanes = self.k // self.planes
-            shape = (self.planes, rows, lanes) if planes_first else (rows, self.planes, lanes)
-            self._buffers[dtype, rows] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
-        return self._buffers[dtype, rows]
+    def _buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        if (dtype, shape) not in self._buffers:
+            self._buffers[dtype, shape] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
+        return self._buffers[dtype, shape]
 
     def decoded(self, e: int) -> Iterator[Block]:
         """Blocks (P, B, L) without any scale, in the dtype of the decoder."""
@@ -120,7 +120,7 @@ class Matrix:
             if self.plan.is_bytes:
                 yield a, b, codes[None, a:b]
             else:
-                out = self._buffer(self.decode.dtype, b - a)
+                out = self._buffer(self.decode.dtype, self.planes, b - a, self.lanes)
                 self.decode(codes[a:b], out)
                 yield a, b, out
 
@@ -128,7 +128,7 @@ class Matrix:
         """Blocks (P, B, L) in fp32, times the scales of groups unless told otherwise."""
         scales = self._group_scales(e) if self.group and scaled else None
         for a, b, block in self.decoded(e):
-            out = self._buffer(torch.float32, b - a).copy_(block)
+            out = self._buffer(torch.float32, self.planes, b - a, self.lanes).copy_(block)
             if scales is not None:
                 lanes = out if scales.ndim == 2 else out.unflatten(2, (-1, self.each))
                 lanes.mul_(scales[a:b])
@@ -140,11 +140,11 @@ class Matrix:
         if self.each >= 16 and self.whole:
             return scale_values(scale, factor)[..., None]
         if self.each in (4, 8) and self.whole and scale.dtype.itemsize == 1:
-            return scale_values(scale, factor, self.each)
-        return scale_values(scale, factor).repeat_interleave(self.each, 1)[:, : self.k // self.planes]
+            return self._buffer(torch.float32, self.n, self.lanes).copy_(scale_values(scale, factor, self.each))
+        return scale_values(scale, factor).repeat_interleave(self.each, 1)[:, : self.lanes]
 
     def bf16(self, e: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
         for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
-            out = self._buffer(torch.bfloat16, b - a, planes_first=False)
+            out = self._buffer(torch.bfloat16, b - a, self.planes, self.lanes)
             yield a, b, out.copy_(block.transpose(0, 1)).flatten(1)

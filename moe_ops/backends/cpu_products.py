@@ -1,12 +1,13 @@
 """Products of a few experts with their rows on the CPU, by the route that is fastest.
 
     int8    codes are bytes, x is int8 or bf16: torch's product with int8 weights, or exact sums of int8 products
+    half    a result in bf16, scales of rows, up to 3 rows: torch's product with a vector of halves is fast
     bf16    a result in bf16, and more than a few rows: bf16 holds the decoded block and x exactly
     fp32    whatever else; x takes the scales of tiles, blocks of the matrix those of groups
 
-torch rounds products of bf16 before they meet their scales. A result in bf16 bears that: its error is 1.4 times the
-reference's. Where it is made into codes it does not, for those that turn over cost more than the rounding; there a
-product is made twice, the second time with the first subtracted inside, and the sum of both is as good as fp32.
+torch rounds products of halves and of bf16 before they meet their scales. A result in bf16 bears that: its error is
+1.0 and 1.4 times the reference's. Where it is made into codes it does not, for those that turn over cost more than the
+rounding: fp32 then, or bf16 twice, the second time with the first subtracted inside, and the sum is as good as fp32.
 
 R rows of a run of experts, M of one expert, N output channels, K contraction, G groups of K, P planes (cpu_decode.py).
 """
@@ -26,7 +27,7 @@ from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS = 3, 24, 8, 3
+_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS = 3, 3, 24, 8, 3
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -104,6 +105,8 @@ def product(p: Product) -> Tensor:
 def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], None]:
     """For m rows: a function of the product, position in the run, expert and its rows, that fills what it is given."""
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
+    if plan.is_half and p.rounded and not p.twice and m <= _HALF_ROWS:
+        return _half
     bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and _has_vnni()
     if vnni and x.codes is not None:
@@ -141,6 +144,15 @@ def _digits(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     torch.add(high, torch.add(mid, low, alpha=2.0**-7), alpha=2.0**-7, out=out).mul_(unit[mine])
 
 
+def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    rows, power = p.x.halves(p.matrix.decode.largest)
+    product = rows.new_empty(out.shape)
+    for a, b, block in p.matrix.decoded(e):
+        for j in range(out.shape[0]):
+            torch.mv(block[0], rows[mine.start + j], out=product[j, a:b])
+    torch.mul(product, power[mine], out=out)
+
+
 def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     rows = p.x.bf16[mine]
     for a, b, block in p.matrix.bf16(e):
@@ -157,7 +169,7 @@ def _fp32(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
             out[:, a:b] = _split(rows, block)
             continue
         out[:, a:b] = linear(rows[0], block[0])
-        for plane, lanes in zip(rows[1:], block[1:]):
+        for plane, lanes in zip(rows[1:], block[1:], strict=True):
             out[:, a:b].addmm_(plane, lanes.t())
 
 

@@ -67,7 +67,7 @@ def _transposed(matrix: Matrix, x: Taken, run: Run) -> Tensor:
     out = rows.new_zeros(matrix.planes, rows.shape[0], matrix.k // matrix.planes)
     for _, e, mine in run:
         for a, b, block in matrix.floats(e):
-            for plane, lanes in zip(out, block):
+            for plane, lanes in zip(out, block, strict=True):
                 plane[mine].addmm_(rows[mine, a:b], lanes)
     return out.permute(1, 2, 0).flatten(1)
 
