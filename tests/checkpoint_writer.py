@@ -153,7 +153,7 @@ def is_linear(key):
 
 
 def quantized(tensors, make, choose=is_linear):
-    """Tensors with matrices replaced, and {module on disk: values}. make: a scheme, or module -> scheme (None: float)."""
+    """Tensors with matrices replaced, and {module on disk: values}. make: a scheme, or (by_module) module -> scheme."""
     g = torch.Generator().manual_seed(1)
     out, values = {}, {}
     for key, t in tensors.items():

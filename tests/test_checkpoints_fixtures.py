@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import moe_ops
-from moe_ops import FORMATS, QuantizedExperts
+from moe_ops import QuantizedExperts
 from moe_ops.checkpoints.kv import kv_scales
 from moe_ops.storage import QuantizedModule
 
@@ -135,7 +135,7 @@ def test_again_into_the_same_storage(name, model):
 
 
 def same(got, want):
-    a, b = ({n: t for n, t in (*m.named_parameters(), *m.named_buffers())} for m in (got, want))
+    a, b = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (got, want))
     assert a.keys() == b.keys()
     for n, t in b.items():
         assert a[n].dtype == t.dtype and a[n].shape == t.shape, n

@@ -109,8 +109,8 @@ class Filler:
         return value
 
     def _room(self, t: Tensor) -> Tensor:
-        """What to write into: the tensor itself, unless it is on meta."""
-        return torch.empty_like(t, device=self.device) if t.is_meta else t
+        """What to write into: the tensor itself, unless it is on meta, or nothing is to be written."""
+        return torch.empty_like(t, device=self.device) if t.is_meta or self.device.type == "meta" else t
 
     def _store(self, owner: QuantizedModule, leaf: str, q: QuantizedTensor, input_scale: Tensor | None) -> None:
         for name, t in ((leaf, q.qdata), (f"{leaf}_scale", q.scale), (f"{leaf}_global_scale", q.global_scale)):

@@ -16,7 +16,7 @@ from ..targets import plan
 from .files import Checkpoint
 from .names import Source
 from .place import FLOATS
-from .reader import CODES, Reader, Scheme
+from .reader import CODES, Reader, Scheme, readable
 
 ALWAYS_FLOAT = ("router", "embedding", "output head")  # what plan() says of modules that producers leave, too
 
@@ -83,7 +83,8 @@ def _scheme(reader: Reader, tensors: list[Source], module: str, kind: str) -> Sc
     chosen: dict[Scheme | None, str] = {}
     for s in tensors:
         name = _module_on_disk(reader.split(s.key)[0], kind)
-        chosen.setdefault(reader.scheme((name, module), kind), name)
+        with readable(reader.name):
+            chosen.setdefault(reader.scheme((name, module), kind), name)
     if len(chosen) > 1:
         each = ", ".join(f"{name}: {scheme.format if scheme else 'float'}" for scheme, name in chosen.items())
         raise ValueError(f"{tensors[0].parameter}: its experts are stored in several ways ({each})")
