@@ -260,6 +260,15 @@ def test_broken_files_are_named(what, sharded):
         moe_ops.load_quantized(path)
 
 
+def test_a_file_that_is_cut_while_it_is_read(tensors, tmp_path):
+    path = w.write(tmp_path, w.QWEN, tensors, MX4)
+    opened = Checkpoint(path)
+    last = max(opened, key=lambda key: opened.entries[key].start)
+    truncate(path / "model.safetensors", 0.999)
+    with pytest.raises(ValueError, match=f"{last} is cut off"):
+        opened.get(last)
+
+
 def test_a_header_that_lies_is_an_error_or_changes_nothing(tensors, tmp_path):
     """Every bit of the header may flip: a ValueError, or the same model (a flip in what nobody reads)."""
     path = w.write(tmp_path, w.QWEN, tensors, MX4)
