@@ -71,6 +71,10 @@ UNKNOWN = [
     (MX4, change(**{f"{GLOBAL}output_tensors": {"dtype": "fp8_e4m3"}}), "output_tensors"),
     (MX4, change(**{f"{GLOBAL}input_tensors": s.spec("fp4")}), "input_tensors .*False"),
     (MX4, change(export__weight_format="fake_quantized"), "weight_format 'fake_quantized'"),
+    (s.preset("FP8"), change(kv_cache_scheme={"num_bits": 8, "type": "int", "strategy": "tensor"}), "kv_cache_scheme"),
+    (s.quark(s.spec("fp4"), None, export={"kv_cache_group": ["*k_proj"]}, layer_quant_config={
+        "*k_proj": {"weight": s.spec("fp4"), "output_tensors": s.spec("int4", "per_tensor")}}), lambda x: x,
+     "output_tensors .*int4"),
     (s.modelopt("FP8"), change(quant_algo="W4A8_AWQ"), "quant_algo 'W4A8_AWQ'"),
     (s.modelopt("NVFP4"), change(group_size=32), "group_size 32"),
     (s.modelopt("FP8"), change(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo 'NVFP4'"),

@@ -297,3 +297,74 @@ def test_every_projection_stays_in_its_shard(tmp_path):
     w.assert_values(model, values)
     scale = next(m for m in model.modules() if isinstance(m, QuantizedExperts)).part("gate_up_proj", "scale")
     assert (scale[:, 0] > 20 * scale[:, 1]).all()
+
+
+def stacked(tensors, transposed):
+    """Experts of a GPT-OSS checkpoint, one by one, as stacks: `experts.gate_up_proj`, `..._weight_scale`, ..."""
+    out = {k: t for k, t in tensors.items() if ".experts." not in k}
+    for layer in (0, 1):
+        for proj in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts"
+            parts = {k.rpartition(".")[2] for k in tensors if k.startswith(f"{name}.0.{proj}.")}
+            for part in parts:
+                stack = torch.stack([tensors[f"{name}.{e}.{proj}.{part}"] for e in range(4)])
+                turned = stack.ndim == 3 and transposed
+                ending = "" if part == "weight" else f"_{part}"
+                out[f"{name}.{proj}{ending}"] = (stack.mT if turned else stack).contiguous()
+    return out
+
+
+def one_number(tensors, name):
+    return {k: t.amax() if k.endswith(name) and "experts" in k else t for k, t in tensors.items()}
+
+
+def test_stacks_lie_as_the_float_model_has_them(tmp_path):
+    """ModelOpt's export of transposed stacks: codes (E, K/2, N), scales (E, K/16, N), one global scale for all."""
+
+    def constant(g):
+        return {"weight_scale_2": torch.tensor(0.37), "input_scale": w.number(g)[0]}, float(torch.tensor(0.37).double())
+
+    make = w.scheme(w.fp4, e4m3_scales, G16, extra=constant)
+    tensors, values = w.quantized(w.unfused(w.float_tensors(w.GPT_OSS)), make)
+    fused = one_number(stacked(tensors, transposed=True), "_weight_scale_2")
+    settings = modelopt("NVFP4", group_size=16, ignore=["lm_head", "*router"])
+    model = moe_ops.load_quantized(w.write(tmp_path, w.GPT_OSS, fused, settings))
+    w.assert_values(model, values)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    want = [tensors[f"model.layers.1.mlp.experts.{e}.down_proj.input_scale"].item() for e in range(4)]
+    assert experts.part("down_proj", "input_scale").tolist() == want
+
+
+def test_stacks_with_tiles(tmp_path):
+    """What transformers calls fp8 experts in memory: gate tiles, then up tiles, each with a partial one at its end."""
+    tensors, values = w.quantized(w.float_tensors(w.QWEN_WIDE), FINE_GRAINED["fp32"][1])
+    name = "model.layers.0.mlp.experts"
+    fused = {k: t for k, t in tensors.items() if ".experts." not in k}
+    for ending, part in (("", "weight"), ("_scale_inv", "weight_scale_inv")):
+        rows = [torch.cat([tensors[f"{name}.{e}.{p}.{part}"].view(torch.uint8) for p in ("gate_proj", "up_proj")])
+                for e in range(2)]  # fmt: skip
+        dtype = tensors[f"{name}.0.down_proj.{part}"].dtype
+        fused[f"{name}.gate_up_proj{ending}"] = torch.stack(rows).view(dtype)
+        down = [tensors[f"{name}.{e}.down_proj.{part}"].view(torch.uint8) for e in range(2)]
+        fused[f"{name}.down_proj{ending}"] = torch.stack(down).view(dtype)
+    w.assert_values(moe_ops.load_quantized(w.write(tmp_path, w.QWEN_WIDE, fused, FINE)), values)
+
+
+def test_heads_and_routers_need_no_rule(tmp_path):
+    """DeepSeek's own config lists no exclusions: its head and its routers are float in the file."""
+    tensors, values = w.quantized(w.float_tensors(w.QWEN_WIDE), FINE_GRAINED["fp32"][1])
+    settings = {k: v for k, v in FINE.items() if k != "modules_to_not_convert"}
+    w.assert_values(moe_ops.load_quantized(w.write(tmp_path, w.QWEN_WIDE, tensors, settings)), values)
+
+
+def test_on_a_device(device, tmp_path):
+    settings, make, _ = QUARK["mxfp4_fp8"]
+    tensors, values = w.quantized(w.float_tensors(w.QWEN), make)
+    path = w.write(tmp_path, w.QWEN, tensors, settings)
+    model = moe_ops.load_quantized(path, device=device)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {device}
+    ids = torch.arange(8)[None]
+    want = moe_ops.load_quantized(path)(ids).logits
+    got = model(ids.to(device)).logits.cpu()
+    assert (got - want).norm() < 0.05 * want.norm()
+    w.assert_values(model.cpu(), values)

@@ -52,6 +52,7 @@ class Reader:
     # Endings of keys: ".x" belongs to a Linear (its weight is `.weight`), "_x" to a fused parameter.
     parts: ClassVar[Mapping[str, Part]]
     ignored: ClassVar[tuple[str, ...]] = ()  # endings of keys that say nothing the shapes do not say
+    transposes: ClassVar[bool] = False  # stacks of experts lie (K, N) where the float model has them so
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
