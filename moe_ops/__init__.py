@@ -1,5 +1,8 @@
 """Quantized Mixture-of-Experts for plain PyTorch: `moe_ops.quantize_(model, "fp8")`, then `torch.compile(model)`."""
 
+from importlib import import_module
+from typing import Any
+
 from . import ops as _ops  # registers torch.ops.moe_ops.*
 from .backends import use_backend
 from .experts import QuantizedExperts
@@ -11,6 +14,13 @@ from .summary import Summary, summary
 __version__ = "0.1.0"
 __all__ = [
     "FORMATS", "Codec", "Element", "Format", "QuantizedExperts", "QuantizedLinear", "Summary", "dequantize_",
-    "quantize_", "summary", "use_backend",
+    "load_quantized", "quantize_", "summary", "use_backend",
 ]  # fmt: skip
 del _ops
+_LAZY = {"load_quantized": ".checkpoints.load"}  # name -> the module that has it, imported when it is asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
