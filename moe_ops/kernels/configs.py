@@ -87,12 +87,12 @@ HOPPER: dict[Kind, Table] = {
         MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", decoded=8): {
-        12: Config(16, 128, 128, 4, 3, parts=4, programs=1600), 40: Config(32, 128, 128, 8, 3),
+        12: Config(16, 128, 128, 4, 3, parts=4, programs=1200), 40: Config(32, 128, 128, 8, 3, swap=True),
         100: Config(64, 128, 64, 4, 3), MANY: Config(128, 128, 64, 4, 3, group_m=8, short=64),
     },
     Kind("bf16", decoded=8, gated=True): {
-        12: Config(16, 64, 128, 4, 3, parts=4, programs=1600), 20: Config(32, 64, 128, 4, 3),
-        40: Config(64, 64, 64, 4, 3, swap=True),
+        2: Config(16, 64, 128, 4, 4, parts=4, programs=500), 12: Config(16, 128, 128, 8, 3),
+        40: Config(32, 64, 128, 4, 3),
         100: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 4, 3, group_m=8, short=64),
     },
     # 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
