@@ -1,0 +1,80 @@
+"""RoutedBlock: a block whose routing was read, with its forward made anew around experts that take routed rows.
+
+T tokens, A experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters import Routing
+from .experts import QuantizedExperts
+
+_ADDED = ("routing",)
+
+
+class RoutedBlock(nn.Module):
+    """out = experts(hidden, ids, weights) + shared MLPs; the router, its hooks and what the block returns are its own."""
+
+    routing: Routing
+    original_class: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """hidden (..., H) -> what the block's own forward returns."""
+        r = self.routing
+        if self.training and not r.trains:
+            raise NotImplementedError(
+                f"{self.original_class.__name__} routes in another way in training than in eval mode (noise, an auxiliary"
+                " loss), which is not known here: call .eval() on it, or keep these experts in float (ignore=...)"
+            )
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        ids, weights, outputs = r.route(self, hidden_states)
+        experts: Any = getattr(self, r.experts)
+        out = experts.routed(x, ids, weights, on_input=r.on_input)
+        for mlp, gate in r.shared:
+            y = getattr(self, mlp)(r.given(self, mlp, hidden_states)).reshape(x.shape)
+            if gate is not None:
+                y = getattr(self, gate)(r.given(self, gate, hidden_states)).reshape(-1, 1).sigmoid() * y
+            out = out + y
+        out = out if r.flat else out.view(hidden_states.shape)
+        return out if r.returns is None else tuple(out if n == -1 else outputs[n] for n in r.returns)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new, (self.original_class,), *reduced[2:]
+
+
+def put(parent: nn.Module, key: str, new: nn.Module, routing: Routing | None) -> None:
+    """parent.key = new, and with it, in one step, the class of the parent: routed, or its own again."""
+    if routing is not None and not isinstance(parent, RoutedBlock):
+        _become(parent, _routed_class(type(parent)), key, new, {"routing": routing})
+    elif isinstance(parent, RoutedBlock) and parent.routing.experts == key and not isinstance(new, QuantizedExperts):
+        _become(parent, parent.original_class, key, new, {})
+    else:
+        parent._modules[key] = new
+
+
+def _become(parent: nn.Module, cls: Any, key: str, new: nn.Module, added: dict[str, Any]) -> None:
+    state = {k: v for k, v in parent.__dict__.items() if k not in _ADDED} | added
+    state["_modules"] = {**parent._modules, key: new}
+    hook = state.pop("_hf_hook", None)
+    if hook is not None:  # accelerate wrapped the forward of the class before
+        state.pop("forward", None), state.pop("_old_forward", None)
+    parent.__dict__, parent.__class__ = state, cls
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(parent, hook)
+
+
+@cache
+def _routed_class(original: Any) -> Any:
+    return type(f"Routed{original.__name__}", (RoutedBlock, original), {"original_class": original})
+
+
+def _new(original: Any) -> RoutedBlock:
+    cls = _routed_class(original)
+    return cls.__new__(cls)
