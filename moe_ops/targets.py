@@ -19,10 +19,9 @@ from .experts import QuantizedExperts
 from .formats import Format
 from .rules import Rules
 from .storage import QuantizedModule, wrong_dtype
-from .summary import Row
+from .summary import OPENED, Row
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OPENED = "experts' Linears"
 _MULTIPLE = 16  # narrower or odd Linears: routers, gates, heads; no kernel gains from them
 
 
@@ -182,7 +181,7 @@ def _open(found: Plan, place: Place, why: str, rules: Rules, strict: bool) -> No
     if picked.format is None:
         found.leave(place, "experts", picked.note)
     elif any(id(t.module) in own for t in found.targets) or any(isinstance(m, QuantizedModule) for m in place.module.modules()):
-        found.leave(place, _OPENED, f"its Linears one by one: {why}")
+        found.leave(place, OPENED, f"its Linears one by one: {why}")
     else:
         _refuse_experts(found, place, why, rules, strict)
 

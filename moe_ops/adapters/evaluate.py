@@ -98,13 +98,13 @@ def _first_two(spec: ExpertsSpec, module: nn.Module) -> nn.Module:
 def _rows(spec: ExpertsSpec, module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     e = _EXPERTS if spec.call == "dense" else spec.num_experts
-    last = e + spec.identities - 1 if spec.identities else 0
+    a, b = (e + spec.identities - 1,) * 2 if spec.identities else (e - 1, 0)
     x = torch.randn(_TOKENS, spec.hidden_size, generator=g).to(weight.device)
     h = x @ spec.expert(module, spec.up, 0).to(x.dtype).T
     x = (x * min(_LARGE / max(float(h.square().mean().sqrt()), 1e-6), 1e4)).to(weight.dtype)
     if spec.call == "sizes":
         return x, torch.tensor([[0]] * 2 + [[e - 1]] * (_TOKENS - 2)).to(x.device), torch.ones_like(x[:, :1])
-    ids = torch.tensor([[0, e - 1], [e - 1, 0], [0, last], [last, e - 1], [e - 1, 0], [0, e - 1]])
+    ids = torch.tensor([[0, e - 1], [e - 1, 0], [0, a], [b, e - 1], [e - 1, 0], [0, e - 1]])
     weights = torch.rand(_TOKENS, 2, generator=g) + 0.25
     if spec.call == "mask":
         ids, weights = ids[:, :1], weights[:, :1]
