@@ -17,18 +17,18 @@ _ADDED = ("routing",)
 
 
 class RoutedBlock(nn.Module):
-    """out = experts(hidden, ids, weights) + shared MLPs; the router, its hooks and what the block returns are its own."""
+    """experts(hidden, ids, weights) + shared MLPs; the router, its hooks and what the block returns are its own."""
 
     routing: Routing
-    original_class: type[nn.Module]
+    original_class: Any
 
     def forward(self, hidden_states: Tensor) -> Any:
         """hidden (..., H) -> what the block's own forward returns."""
         r = self.routing
         if self.training and not r.trains:
             raise NotImplementedError(
-                f"{self.original_class.__name__} routes in another way in training than in eval mode (noise, an auxiliary"
-                " loss), which is not known here: call .eval() on it, or keep these experts in float (ignore=...)"
+                f"{self.original_class.__name__} does something else in training than in eval mode (noise, an auxiliary"
+                " loss): call .eval() on it, or keep its experts in float (ignore=...)"
             )
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         ids, weights, outputs = r.route(self, hidden_states)
@@ -50,7 +50,7 @@ class RoutedBlock(nn.Module):
 def put(parent: nn.Module, key: str, new: nn.Module, routing: Routing | None) -> None:
     """parent.key = new, and with it, in one step, the class of the parent: routed, or its own again."""
     if routing is not None and not isinstance(parent, RoutedBlock):
-        _become(parent, _routed_class(type(parent)), key, new, {"routing": routing})
+        _become(parent, _routed_class(_class_of(parent)), key, new, {"routing": routing})
     elif isinstance(parent, RoutedBlock) and parent.routing.experts == key and not isinstance(new, QuantizedExperts):
         _become(parent, parent.original_class, key, new, {})
     else:
@@ -62,12 +62,17 @@ def _become(parent: nn.Module, cls: Any, key: str, new: nn.Module, added: dict[s
     state["_modules"] = {**parent._modules, key: new}
     hook = state.pop("_hf_hook", None)
     if hook is not None:  # accelerate wrapped the forward of the class before
-        state.pop("forward", None), state.pop("_old_forward", None)
+        for key in ("forward", "_old_forward"):
+            state.pop(key, None)
     parent.__dict__, parent.__class__ = state, cls
     if hook is not None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(parent, hook)
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
 
 
 @cache

@@ -114,7 +114,7 @@ class QuantizedExperts(QuantizedModule):
         return (out.float() + x.float() * share).to(x.dtype)
 
     def _fused(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool) -> Tensor:
-        spec, gate = self.spec, self.spec.gate
+        gate = self.spec.gate
         assert gate is not None
         backend, invariant = resolve(self.backend)
         up, down = self.weight_names()
@@ -194,7 +194,7 @@ class QuantizedExperts(QuantizedModule):
 
     def extra_repr(self) -> str:
         s = self.spec
-        gate = "no gate" if s.down is None else s.gate.activation if s.gate else "own gate"
+        gate = "no gate" if not s.down else s.gate.activation if s.gate else "own gate"
         size = f"num_experts={s.num_experts}, hidden_size={s.hidden_size}, intermediate_size={s.intermediate_size}"
         return f"{size}, format={self.format!r}, {gate}, backend={self.backend or 'auto'!r}"
 
@@ -222,7 +222,7 @@ class DenseExperts(QuantizedExperts):
 
     call = "dense"
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         x = hidden.reshape(-1, self.spec.hidden_size)
         num_experts = getattr(self, self.spec.up).shape[0]
         ids = torch.arange(num_experts, device=x.device).repeat_interleave(x.shape[0] // num_experts)[:, None]
@@ -234,14 +234,15 @@ class GroupedLinear(QuantizedExperts):
 
     call = "sizes"
 
-    def forward(self, rows: Tensor, sizes: Tensor | list[int]) -> Tensor:
+    def forward(self, rows: Tensor, sizes: Tensor | list[int]) -> Tensor:  # type: ignore[override]
         """rows (R, K), sizes (E,) -> (R, N)."""
         counts = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes)  # a list of unbacked ones, when compiled
         offsets = nn.functional.pad(counts.to(rows.device).cumsum(0), (1, 0)).int()  # (E + 1,)
         return self._project(rows, self.spec.up, offsets)
 
 
-CALLS: dict[str, type[QuantizedExperts]] = {c.call: c for c in (QuantizedExperts, MaskedExperts, DenseExperts, GroupedLinear)}
+_CALLED = (QuantizedExperts, MaskedExperts, DenseExperts, GroupedLinear)
+CALLS: dict[str, type[QuantizedExperts]] = {c.call: c for c in _CALLED}
 CALLS["items"] = QuantizedExperts  # experts in a list, that their block calls one by one: it is routed anew
 
 
@@ -272,7 +273,8 @@ def restore(module: QuantizedExperts) -> nn.Module:
         for part in PARTS:
             new._parameters.pop(f"{name}_{part}", None)
         if spec.moved:
-            new._parameters.pop(name), new._parameters.pop(f"{name}_bias", None)
+            del new._parameters[name]
+            new._parameters.pop(f"{name}_bias", None)
         else:
             _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.original_bias(name, b))
     spec.put_back(new, floats)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from . import experts, linear
 from .adapters import CannotAdapt, ExpertsSpec, Routing, read, read_routing
-from .blocks import RoutedBlock
 from .experts import QuantizedExperts
 from .formats import Format
+from .linear import QuantizedLinear
 from .rules import Rules
 from .storage import QuantizedModule, wrong_dtype
 from .summary import OPENED, Row
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_EMBEDDED = "experts that are rows of an embedding: they are looked up, not multiplied"
 _MULTIPLE = 16  # narrower or odd Linears: routers, gates, heads; no kernel gains from them
 
 
@@ -153,7 +154,7 @@ def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], 
 
 
 def _routing(place: Place, spec: ExpertsSpec) -> Routing | None:
-    """Of the block that holds experts without a call of their own, or with one that computes every expert for every row.
+    """Of the block that holds experts without a call of their own, or with one that runs every expert on every row.
 
     Raises CannotAdapt where such a block cannot be read; the latter experts then stay as dense as they are.
     """
@@ -170,17 +171,19 @@ def _routing(place: Place, spec: ExpertsSpec) -> Routing | None:
 
 
 def _is_linears(module: nn.Module) -> bool:
-    """All its weights are in Linears, which can be quantized one by one."""
-    held = {id(p) for m in module.modules() if type(m) is nn.Linear for p in m.parameters(recurse=False)}
+    """All its weights are in Linears, which can be quantized one by one, or were."""
+    linears = [m for m in module.modules() if type(m) is nn.Linear or isinstance(m, QuantizedLinear)]
+    held = {id(p) for m in linears for p in m.parameters(recurse=False)}
     return bool(held) and all(id(p) in held for p in module.parameters() if p.ndim > 1)
 
 
 def _open(found: Plan, place: Place, why: str, rules: Rules, strict: bool) -> None:
     """Experts that could not be read as such: a line that says so, and an error if none of their Linears is taken."""
-    picked, own = rules.pick(place.names, "experts"), {id(m) for m in place.module.modules()}
+    picked, own = rules.pick(place.names, "experts"), list(place.module.modules())
+    taken = {id(t.module) for t in found.targets}
     if picked.format is None:
         found.leave(place, "experts", picked.note)
-    elif any(id(t.module) in own for t in found.targets) or any(isinstance(m, QuantizedModule) for m in place.module.modules()):
+    elif any(id(m) in taken or isinstance(m, QuantizedModule) for m in own):
         found.leave(place, OPENED, f"its Linears one by one: {why}")
     else:
         _refuse_experts(found, place, why, rules, strict)
@@ -204,7 +207,7 @@ def _always_left(model: nn.Module, everything: list[Place], experts: list) -> di
     for place in everything:
         m, parts = place.module, {part for name in place.names for part in name.split(".")}
         if isinstance(m, nn.Embedding):
-            left[id(m)] = "embedding"
+            left[id(m)] = _EMBEDDED if any(_has_router(parent) for parent, _ in place.parents) else "embedding"
         elif any("router" in part for part in parts):
             left[id(m)] = "router"
         elif "lm_head" in parts or (type(m) is nn.Linear and id(m.weight) in embedded):
@@ -213,6 +216,10 @@ def _always_left(model: nn.Module, everything: list[Place], experts: list) -> di
             base = {id(c) for c in m._modules["base_layer"].modules()}  # type: ignore[union-attr]
             left |= {id(c): "adapter" for c in m.modules() if id(c) not in base and c is not m}
     return left | {id(head): "output head" for head in _output_heads(model)}
+
+
+def _has_router(parent: nn.Module) -> bool:
+    return any("router" in key for key in parent._modules)
 
 
 def _output_heads(model: nn.Module) -> Iterator[nn.Module]:

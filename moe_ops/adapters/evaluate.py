@@ -82,7 +82,8 @@ def _own(spec: ExpertsSpec, module: nn.Module, args: tuple) -> Tensor:
     x, ids, weights = args
     out = torch.zeros_like(x, dtype=torch.float32)
     for e, token, slot in _met(spec, ids):
-        out.index_add_(0, token, module.get_submodule(spec.keys[e])(x[token]).float() * weights[token, slot, None])
+        y = x[token] if e >= spec.num_experts else module.get_submodule(spec.keys[e])(x[token])
+        out.index_add_(0, token, y.float() * weights[token, slot, None].float())
     return out
 
 
@@ -121,7 +122,7 @@ def _met(spec: ExpertsSpec, ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]
 def _expert(spec: ExpertsSpec, module: nn.Module, e: int, rows: Tensor) -> Tensor:
     dtype = spec.floats(module)[0][1].dtype
     h = rows @ spec.expert(module, spec.up, e).float().T
-    if spec.down is None:
+    if not spec.down:
         return h
     biases = [spec.bias(module, name) for name in (spec.up, spec.down)]
     h = h if biases[0] is None else h + biases[0][e].float()

@@ -20,6 +20,7 @@ from ..activation import ACTIVATIONS, Gate, recognise_gate
 from . import evaluate, mlps
 from .spec import FLAGS, POST_NORM, CannotAdapt, ExpertsSpec
 
+
 def read(module: nn.Module) -> ExpertsSpec | None:
     """Spec of an experts module; None for any other module.
 
@@ -30,7 +31,7 @@ def read(module: nn.Module) -> ExpertsSpec | None:
         if spec is not None:
             return spec
     if type(module).__name__.endswith("Experts") and any(True for _ in module.parameters()):
-        raise CannotAdapt(f"{type(module).__name__} is named as experts, but holds them in a layout that no rule explains")
+        raise CannotAdapt(f"{type(module).__name__} is named as experts, in a layout that no rule explains")
     return None
 
 
@@ -76,7 +77,7 @@ def stacked(module: nn.Module) -> ExpertsSpec | None:
     what = f"{type(module).__name__} holds stacks of matrices ({', '.join(_stacks(module))})"
     if len(found) != 2:
         raise CannotAdapt(f"{what} beside parameters that no rule explains")
-    call = {3: "topk", 1: "dense"}.get(_arguments(module))
+    call = {3: "topk", 1: "dense"}.get(_arguments(module) or 0)
     specs = [s for up, down in permutations(found, 2) for s in _fitting(found, up, down)]
     if call is None or not specs:
         why = "do not fit together" if call else "are not called with (hidden, ids, weights)"
@@ -104,7 +105,10 @@ def flat(module: nn.Module) -> ExpertsSpec | None:
         if e > 1 and rows % e == 0 and rows // e in numbers
     ]  # fmt: skip
     what = f"{type(module).__name__} holds matrices of experts above each other ({key}: 3 x {(rows, h)})"
-    return _first_right(module, specs, what) if specs else None
+    try:
+        return _first_right(module, specs, what) if specs else None
+    except CannotAdapt:  # three matrices of one shape are nothing rare
+        return None
 
 
 def single(module: nn.Module) -> ExpertsSpec | None:
@@ -118,11 +122,12 @@ def single(module: nn.Module) -> ExpertsSpec | None:
     specs = []
     for transposed in (False, True):
         e, n, k = _rows_first(tuple(p.shape), transposed)
-        specs.append(ExpertsSpec(num_experts=e, hidden_size=k, intermediate_size=n, up=name, down=None, gated=False,
+        specs.append(ExpertsSpec(num_experts=e, hidden_size=k, intermediate_size=n, up=name, down="", gated=False,
                                  transposed=transposed, call="sizes"))  # fmt: skip
     width = next((v for k, v in vars(module).items() if k.startswith("in") and isinstance(v, int)), None)
     specs.sort(key=lambda s: s.hidden_size != width)  # decides only where nothing can be compared
-    return _first_right(module, specs, f"{type(module).__name__} holds a stack of matrices {tuple(p.shape)}", gate=False)
+    what = f"{type(module).__name__} holds a stack of matrices {tuple(p.shape)}"
+    return _first_right(module, specs, what, gate=False)
 
 
 LAYOUTS: tuple[Callable[[nn.Module], ExpertsSpec | None], ...] = (flagged, stacked, flat, single, mlps.listed)
@@ -140,18 +145,21 @@ def _first_right(module: nn.Module, specs: list[ExpertsSpec], what: str, gate: b
         if evaluate.small(spec, module, error):
             return spec
         errors.append(error)
-    why = f"differs by {min(errors):.1%}" if errors else "has no activation that is known"
-    raise CannotAdapt(f"{what}, but every reading of its shapes {why} from what it computes")
+    if not errors:
+        raise CannotAdapt(f"{what}, but no activation, and on the meta device none can be tried")
+    near = "" if min(errors) == float("inf") else f" (the nearest differs by {min(errors):.1%})"
+    raise CannotAdapt(f"{what}, but no reading of them computes what it does{near}")
 
 
 def _gates(module: nn.Module, spec: ExpertsSpec) -> Iterator[ExpertsSpec]:
-    """The gate that the module has as a method; else its activation, on [gate | up] or alternating columns; else any."""
+    """The gate that the module has as a method; else its activation, on [gate | up] or on columns in turn; else any."""
     if hasattr(type(module), "_apply_gate") and spec.gated:
         gate = recognise_gate(module, spec.intermediate_size, True)
         yield replace(spec, gate=gate, interleaved=bool(gate and gate.interleaved))
         return
     own = [g for m in (module, *module.children()) for g in _activations(m, spec)]
-    others = [Gate(activation=a.name, gated=spec.gated) for a in ACTIVATIONS.values() if a.base == a.name]
+    known = [Gate(activation=a.name, gated=spec.gated) for a in ACTIVATIONS.values() if a.base == a.name]
+    others = [] if spec.floats(module)[0][1].is_meta else known  # a guess that nothing could confirm
     for gate, interleaved in product((*own, *(g for g in others if g not in own)), (False, True)):
         if spec.gated or not interleaved:
             yield replace(spec, gate=replace(gate, interleaved=interleaved), interleaved=interleaved)

@@ -41,19 +41,20 @@ def listed(module: nn.Module) -> ExpertsSpec | None:
     The module is called with (hidden, ids, weights), or (hidden, one-hot ids, weights), or it has no call of its own.
     """
     experts, identities = _alike(module)
-    if len(experts) < 2 or has_call(module) and len(inspect.signature(type(module).forward).parameters) != 4:
+    if len(experts) < 2 or (has_call(module) and len(inspect.signature(type(module).forward).parameters) != 4):
         return None
     first = next(iter(experts.values()))
     mlp = read_mlp(first)
     if mlp is None:
         return None
     down = first.get_submodule(mlp.down)
+    assert isinstance(down, nn.Linear)
     spec = ExpertsSpec(
-        num_experts=len(experts), hidden_size=down.out_features, intermediate_size=down.in_features,  # type: ignore[arg-type]
+        num_experts=len(experts), hidden_size=down.out_features, intermediate_size=down.in_features,
         up="gate_up_proj" if len(mlp.ups) == 2 else "up_proj", up_from=tuple(f"{{}}.{n}.weight" for n in mlp.ups),
         down_from=(f"{{}}.{mlp.down}.weight",), keys=tuple(experts), gated=len(mlp.ups) == 2, gate=mlp.gate,
         own_gate=None if mlp.gate else mlp.own, has_bias=down.bias is not None, identities=identities,
-        dropout=mlp.dropout, call="items", trainable=down.weight.requires_grad,  # type: ignore[union-attr]
+        dropout=mlp.dropout, call="items", trainable=down.weight.requires_grad,
     )  # fmt: skip
     if has_call(module):
         spec = _called(module, spec)

@@ -37,14 +37,15 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": _softmax, "sigmoid":
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """A block: out = scale * experts(x, ids, weights) + the sum of its shared MLPs.
+    """A block: out = experts(x, ids, weights) + the sum of its shared MLPs. Children by name, the router's tensors by
+    their position among the `outputs` that it returns.
 
-    The router returns `outputs` tensors. ids and weights are outputs `ids` and `weights` of the router; or `scores` of output `weights`, all of them, the
-    largest `top_k` taken, after `choose` (a child that corrects them for the choice alone) where there is one, and
-    divided by their sum when `normalised`. `on_input`: they weigh what goes into the experts. `shared`: (child, child
-    that gives the weight of its output through a sigmoid, or None). `rows`: children that are given (T, H) where the
-    block is given (..., H). `returns`: positions in what the block returns, -1 its output, else of the router's; None:
-    the output alone, of the shape of the input, or (T, H) when `flat`. `trains`: in training it routes the same way.
+    ids and weights are the router's tensors `ids` and `weights`; or, without ids, SCORES[`scores`] of its tensor
+    `weights`, (T, E), of which the largest `top_k` count: the largest after the child `choose`, where there is one.
+    Divided by their sum when `normalised`, times `scale`. `on_input`: they weigh what goes into the experts.
+    shared: (child, child whose sigmoid weighs its output, or None). rows: children that are given (T, H) where the
+    block is given (..., H). returns: the block's outputs, -1 for its own, else the router's; None for its own alone.
+    flat: that is (T, H), not of the shape of the input. trains: in training it does the same.
     """
 
     experts: str
@@ -102,7 +103,7 @@ def read_routing(block: nn.Module, key: str, spec: ExpertsSpec) -> Routing:
     Raises CannotAdapt with what could not be read.
     """
     name = type(block).__name__
-    if not has_call(block) or "forward" in block.__dict__ and "_hf_hook" not in block.__dict__:
+    if not has_call(block) or ("forward" in block.__dict__ and "_hf_hook" not in block.__dict__):
         raise CannotAdapt(f"{name} has no forward of its own that could be read")
     if spec.num_experts + spec.identities > spec.hidden_size:
         raise CannotAdapt(f"{name} has more experts than columns: its routing cannot be read off its output")
@@ -144,7 +145,7 @@ class _Block:
 
     def with_shared(self) -> Any:
         for n, seen in enumerate(self.shared.values()):
-            seen.module.factor = n + 1.0
+            seen.module.__dict__["factor"] = n + 1.0
         return self.run()
 
     def _is_small(self, m: nn.Module) -> bool:
@@ -256,7 +257,7 @@ def _shared(block: _Block, out: Tensor, name: str) -> tuple[tuple[str, str | Non
         return ()
     again = tensors(block.with_shared())
     rest = next(t for t in again if t.numel() == out.numel() and t.shape[-1] == out.shape[-1]).view_as(out) - out
-    gates = [None, *(k for k, s in block.seen.items() if isinstance(s.module, nn.Linear) and s.module.out_features == 1)]
+    gates = [None, *(k for k, s in block.seen.items() if getattr(s.module, "out_features", None) == 1)]
     mlps = list(block.shared)
     for chosen in product(gates, repeat=len(mlps)):
         parts = []

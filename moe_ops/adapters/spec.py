@@ -26,7 +26,7 @@ class ExpertsSpec:
     """An experts module as it was found.
 
     `up` and `down` are the names of the parameters that are stored, canonical: (E, S*I, H) and (E, H, I). `down` is
-    None for a projection that stands alone: (E, I, H), no activation. In the float module they have the same names,
+    empty for a projection that stands alone: (E, I, H), no activation. In the float module they have the same names,
     unless `up_from` and `down_from` name others (relative, one per shard, or one that holds all): stacks of all
     experts, (E, N, K) or (`flat`) (E * N, K), or, where a name has "{}" in it, one matrix per module in `keys`.
 
@@ -42,7 +42,7 @@ class ExpertsSpec:
     hidden_size: int
     intermediate_size: int
     up: str = "gate_up_proj"
-    down: str | None = "down_proj"
+    down: str = "down_proj"
     up_from: tuple[str, ...] = ()
     down_from: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class ExpertsSpec:
         """(parameter name, shards, N, K) of what is stored; N rows per shard."""
         h, i = self.hidden_size, self.intermediate_size
         up = (self.up, self.shards, i, h)
-        return (up,) if self.down is None else (up, (self.down, 1, h, i))
+        return (up, (self.down, 1, h, i)) if self.down else (up,)
 
     def canonical(self, name: str, weight: Tensor) -> Tensor:
         """One projection, or a shard of it, as found -> (..., S*N, K), gate rows first. A view where it can be."""
