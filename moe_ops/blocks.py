@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from .adapters import Routing
 from .experts import QuantizedExperts
 
-_ADDED = ("routing",)
+_ROUTING = "_moe_ops_routing"  # attributes of the block are its own: it may have one called routing
 
 
 class RoutedBlock(nn.Module):
     """experts(hidden, ids, weights) + shared MLPs; the router, its hooks and what the block returns are its own."""
 
-    routing: Routing
+    _moe_ops_routing: Routing
     original_class: Any
 
     def forward(self, hidden_states: Tensor) -> Any:
         """hidden (..., H) -> what the block's own forward returns."""
-        r = self.routing
+        r = self._moe_ops_routing
         if self.training and not r.trains:
             raise NotImplementedError(
                 f"{self.original_class.__name__} does something else in training than in eval mode (noise, an auxiliary"
@@ -49,16 +49,21 @@ class RoutedBlock(nn.Module):
 
 def put(parent: nn.Module, key: str, new: nn.Module, routing: Routing | None) -> None:
     """parent.key = new, and with it, in one step, the class of the parent: routed, or its own again."""
-    if routing is not None and not isinstance(parent, RoutedBlock):
-        _become(parent, _routed_class(_class_of(parent)), key, new, {"routing": routing})
-    elif isinstance(parent, RoutedBlock) and parent.routing.experts == key and not isinstance(new, QuantizedExperts):
+    around = isinstance(parent, RoutedBlock) and parent._moe_ops_routing.experts == key
+    if routing is not None and not around:
+        _become(parent, _routed_class(_class_of(parent)), key, new, {_ROUTING: routing})
+    elif around and not isinstance(new, QuantizedExperts):
         _become(parent, parent.original_class, key, new, {})
     else:
         parent._modules[key] = new
 
 
+def experts_of(block: RoutedBlock) -> nn.Module | None:
+    return block._modules[block._moe_ops_routing.experts]
+
+
 def _become(parent: nn.Module, cls: Any, key: str, new: nn.Module, added: dict[str, Any]) -> None:
-    state = {k: v for k, v in parent.__dict__.items() if k not in _ADDED} | added
+    state = {k: v for k, v in parent.__dict__.items() if k != _ROUTING} | added
     state["_modules"] = {**parent._modules, key: new}
     hook = state.pop("_hf_hook", None)
     if hook is not None:  # accelerate wrapped the forward of the class before

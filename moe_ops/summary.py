@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .backends.base import resolve
-from .blocks import RoutedBlock
+from .blocks import RoutedBlock, experts_of
 from .experts import QuantizedExperts
 from .linear import QuantizedLinear
 from .storage import QuantizedModule
@@ -70,7 +70,7 @@ def summary(model: nn.Module) -> Summary:
     """What `quantize_` did to the model: a row for every quantized module, and for what was left, with the reason."""
     left: dict[str, Row] = {r.name: r for r in model.__dict__.get(_LEFT, ())}
     rows = []
-    routed = {id(m._modules[m.routing.experts]) for m in model.modules() if isinstance(m, RoutedBlock)}
+    routed = {id(experts_of(m)) for m in model.modules() if isinstance(m, RoutedBlock)}
     for name, m in model.named_modules():
         if isinstance(m, QuantizedModule):
             kind = "experts" if isinstance(m, QuantizedExperts) else "linear"

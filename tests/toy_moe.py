@@ -156,3 +156,93 @@ def same(a, b):
 
 def bits(t):
     return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+
+
+class Mlp(nn.Module):
+    """One expert as a module: act(gate(x)) * up(x), then down."""
+
+    def __init__(self, hidden=HIDDEN, intermediate=INTERMEDIATE, bias=False, act_fn=None, dropout=0.0):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(hidden, intermediate, bias=bias) for _ in range(2))
+        self.w2 = nn.Linear(intermediate, hidden, bias=bias)
+        self.act_fn, self.dropout = act_fn or nn.SiLU(), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.w2(self.dropout(self.act_fn(self.w1(x)) * self.w3(x)))
+
+
+class TopK(nn.Module):
+    """A router that chooses by corrected scores and returns what the choice is worth: ids, weights, and its logits."""
+
+    def __init__(self, hidden, num_experts, scale=2.5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, hidden) / hidden**0.5)
+        self.register_buffer("correction", torch.randn(num_experts) * 0.3)
+        self.scale = scale
+
+    def forward(self, x):
+        logits = x.flatten(0, -2).float() @ self.weight.float().T
+        scores = logits.sigmoid()
+        ids = (scores + self.correction).topk(TOP_K, -1).indices
+        weights = scores.gather(-1, ids)
+        return ids, self.scale * weights / weights.sum(-1, keepdim=True), logits
+
+
+class Corrected(nn.Module):
+    """Moves scores, for the choice alone."""
+
+    def __init__(self, num_experts):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, num_experts) * 0.3)
+
+    def forward(self, scores):
+        return scores + self.bias
+
+
+class ListBlock(nn.Module):
+    """A block with a loop over a list of experts, as models write it outside transformers and did inside before."""
+
+    def __init__(self, routing="softmax", normalised=True, shared=None, returns="tuple", noise=0.0, identities=0,
+                 **kwargs):  # fmt: skip
+        super().__init__()
+        self.routing, self.normalised, self.returns, self.noise = routing, normalised, returns, noise
+        experts = [Mlp(**kwargs) for _ in range(EXPERTS)] + [nn.Identity() for _ in range(identities)]
+        self.gate = TopK(HIDDEN, len(experts)) if routing == "module" else nn.Linear(HIDDEN, len(experts), bias=False)
+        self.experts = nn.ModuleList(experts)
+        if routing == "corrected":
+            self.statics = Corrected(len(experts))
+        if shared:
+            self.shared_expert = Mlp(intermediate=48)
+        if shared == "gated":
+            self.shared_expert_gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def route(self, rows):
+        if self.routing == "module":
+            return self.gate(rows)
+        logits = self.gate(rows.to(self.gate.weight.dtype))  # a router may be kept in fp32
+        if self.routing == "topk first":
+            weights, ids = logits.topk(TOP_K, -1)
+            return ids, weights.softmax(-1), logits
+        scores = logits.sigmoid() if self.routing == "sigmoid" else logits.float().softmax(-1)
+        if self.routing == "threshold":  # as many experts as are likely enough
+            return torch.arange(len(self.experts)).expand_as(scores), torch.where(scores > 0.3, scores, 0.0), logits
+        if self.routing == "squared":
+            scores = scores.square()
+        ids = (self.statics(scores) if self.routing == "corrected" else scores).topk(TOP_K, -1).indices
+        weights = scores.gather(-1, ids)
+        return ids, weights / weights.sum(-1, keepdim=True) if self.normalised else weights, logits
+
+    def forward(self, hidden_states):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.training and self.noise:
+            rows = rows * torch.empty_like(rows).uniform_(1 - self.noise, 1 + self.noise)
+        ids, weights, logits = self.route(rows)
+        out = torch.zeros_like(rows)
+        for e in range(len(self.experts)):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, (self.experts[e](rows[token]) * weights[token, slot, None]).to(out.dtype))
+        if hasattr(self, "shared_expert"):
+            y = self.shared_expert(rows)
+            out = out + (self.shared_expert_gate(rows).sigmoid() * y if hasattr(self, "shared_expert_gate") else y)
+        out = out.view(hidden_states.shape)
+        return (out, logits) if self.returns == "tuple" else out

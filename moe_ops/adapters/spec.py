@@ -135,7 +135,7 @@ class ExpertsSpec:
         for path in self._all_paths():
             for child, _, _ in (name.partition(".") for name in self._each(path)):
                 if child in module._modules:
-                    aside[child] = _emptied(module._modules.pop(child))
+                    aside[child] = _emptied(module.__dict__["_modules"].pop(child))
         module.__dict__[_ASIDE] = (order, aside)
 
     def put_back(self, module: nn.Module, floats: dict[str, tuple[Tensor, Tensor | None]]) -> None:
@@ -187,11 +187,15 @@ def _bias_of(path: str) -> str:
     return path.removesuffix("weight") + "bias"
 
 
-def _emptied(module: nn.Module | None) -> nn.Module:
-    """A copy of the module and of its children, without parameters."""
-    assert module is not None
+def _emptied(module: nn.Module) -> nn.Module:
+    """A copy of the module and of its children, without parameters. What has none is shared: an activation may be."""
     new = module.__class__.__new__(module.__class__)
     new.__dict__.update(module.__dict__)
-    new.__dict__["_parameters"] = {key: p for key, p in module._parameters.items() if p is None}
-    new.__dict__["_modules"] = {k: None if m is None else _emptied(m) for k, m in module._modules.items()}
+    new.__dict__["_parameters"] = dict.fromkeys(module._parameters)
+    new.__dict__["_modules"] = {k: _emptied(m) if _holds(m) else m for k, m in module._modules.items()}
     return new
+
+
+def _holds(module: nn.Module | None) -> bool:
+    """Parameters, or places for some."""
+    return module is not None and any(m._parameters for m in module.modules())
