@@ -164,7 +164,12 @@ def test_dropout_in_experts(name):
 def test_router_logits_and_auxiliary_loss(name):
     """Hooks on routers, and on blocks that return logits, still see them; losses are those of the family's code."""
     new, floats = pair(name, "fp8/bf16", output_router_logits=True)
-    want, got = (m(**tiny.inputs(m), labels=tiny.inputs(m)["input_ids"]) for m in (floats, new))
+    args = {**tiny.inputs(new), "labels": tiny.inputs(new)["input_ids"]}
+    try:
+        want = floats(**args)
+    except AttributeError:
+        pytest.skip("this transformers' own code fails")
+    got = new(**args)
     if getattr(want, "router_logits", None) is None:
         pytest.skip("this transformers records none")
     assert len(got.router_logits) == len(want.router_logits) > 0

@@ -192,10 +192,11 @@ def _emptied(module: nn.Module) -> nn.Module:
     new = module.__class__.__new__(module.__class__)
     new.__dict__.update(module.__dict__)
     new.__dict__["_parameters"] = dict.fromkeys(module._parameters)
-    new.__dict__["_modules"] = {k: _emptied(m) if _holds(m) else m for k, m in module._modules.items()}
+    children = module._modules.items()
+    new.__dict__["_modules"] = {k: m if m is None or not _holds(m) else _emptied(m) for k, m in children}
     return new
 
 
-def _holds(module: nn.Module | None) -> bool:
+def _holds(module: nn.Module) -> bool:
     """Parameters, or places for some."""
-    return module is not None and any(m._parameters for m in module.modules())
+    return any(m._parameters for m in module.modules())
