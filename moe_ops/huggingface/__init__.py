@@ -23,6 +23,7 @@ def install() -> None:
     """Register the quantizer and the experts implementation with transformers, now or when it is imported."""
     after_import("transformers.quantizers.auto", _register_quantizer)
     after_import("transformers.integrations.moe", _register_experts)
+    after_import("transformers.modeling_utils", _check_experts)
 
 
 def too_old() -> str | None:
@@ -59,6 +60,16 @@ def _register_experts() -> None:
     from .experts import NAME, experts_forward
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def _check_experts() -> None:
+    if too_old():
+        return
+    from transformers.modeling_utils import PreTrainedModel
+
+    from .experts import patch
+
+    patch(PreTrainedModel)
 
 
 def config_class() -> Any:
