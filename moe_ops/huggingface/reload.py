@@ -37,11 +37,11 @@ class _Streams:
 def reload_(model: Any, path: str | Path) -> Any:
     """Load the weights of a checkpoint folder into a quantized transformers model, in place; returns the model.
 
-    Float weights are quantized to the format of each module as they are read, as from_pretrained does; a checkpoint that
-    was saved quantized is copied. Every tensor keeps its storage, so that CUDA graphs and optimizers that hold it stay
-    valid. Raises ValueError, before anything is changed, for a folder without safetensors files, weights that are not
-    there, shapes, types and formats that do not fit; and while it reads, for weights that are not finite: the model then
-    holds both old and new weights, load again.
+    Float weights are quantized to the format of each module as they are read, as from_pretrained does; a checkpoint
+    that was saved quantized is copied. Every tensor keeps its storage, so that CUDA graphs that read it stay valid.
+    Raises ValueError, before anything is changed, for a folder without safetensors files, weights that are not there,
+    shapes, types and formats that do not fit; and while it reads, for weights that are not finite: the model then holds
+    both old and new weights, load again.
     """
     if reason := too_old():
         raise ValueError(reason)
@@ -72,7 +72,8 @@ def _said(path: Path) -> MoeOpsConfig | None:
     file = path / "config.json"
     said = json.loads(file.read_text()).get("quantization_config") if file.exists() else None
     if said is not None and said.get("quant_method") != MoeOpsConfig.METHOD:
-        raise ValueError(f"{path} is quantized by {said.get('quant_method')!r}: only float checkpoints and our own load")
+        method = said.get("quant_method")
+        raise ValueError(f"{path} is quantized by {method!r}: float checkpoints are loaded, and our own")
     return None if said is None else MoeOpsConfig(**said)
 
 
@@ -136,7 +137,7 @@ def _load_codes(model: Any, stored: Mapping[str, sources.Stored], said: MoeOpsCo
         for name, m in mine.items()
         if said.modules.get(name) != m.format
     ]
-    problems += [f"{name} is quantized in the checkpoint, not in the model" for name in said.modules if name not in mine]
+    problems += [f"{name} is quantized in the checkpoint only" for name in said.modules if name not in mine]
     _raise(problems)
     state, found = disk.state(model), sources.trace(model, stored, [])
     tied = model.all_tied_weights_keys
