@@ -5,7 +5,6 @@ T tokens, A experts per token, R = T * A slots, E experts, H hidden size, I inte
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ class QuantizedExperts(QuantizedModule):
     """
 
     spec: ExpertsSpec
-    call = "topk"
     original_class: type[nn.Module] | None = None
     __repr__ = nn.Module.__repr__  # lists and dicts have their own, of children that are gone
 
@@ -213,50 +211,7 @@ class QuantizedExperts(QuantizedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (self.original_class, self.call), *reduced[2:]
-
-
-class MaskedExperts(QuantizedExperts):
-    """Called with ids as one-hot rows; a row of zeros is a slot without an expert."""
-
-    call = "mask"
-
-    def forward(self, hidden: Tensor, mask: Tensor, topk_weights: Tensor) -> Tensor:
-        """hidden (T, H), mask (T, A, E), topk_weights (T, A) -> (T, H)."""
-        ids = torch.where(mask.any(-1), mask.int().argmax(-1), -1)
-        return super().forward(hidden, ids, topk_weights)
-
-
-class DenseExperts(QuantizedExperts):
-    """Called with the rows of every expert, (E * T, H) -> (E * T, H), the first T the first expert's.
-
-    A block whose routing is known does not call it: `routed` computes only what is routed.
-    """
-
-    call = "dense"
-
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
-        x = hidden.reshape(-1, self.spec.hidden_size)
-        num_experts = getattr(self, self.spec.up).shape[0]
-        ids = torch.arange(num_experts, device=x.device).repeat_interleave(x.shape[0] // num_experts)[:, None]
-        return self.routed(x, ids, torch.ones_like(ids, dtype=torch.float32)).view(hidden.shape)
-
-
-class GroupedLinear(QuantizedExperts):
-    """One projection alone: rows that are sorted by expert, and how many each expert has."""
-
-    call = "sizes"
-
-    def forward(self, rows: Tensor, sizes: Tensor | list[int]) -> Tensor:  # type: ignore[override]
-        """rows (R, K), sizes (E,) -> (R, N)."""
-        counts = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes)  # a list of unbacked ones, when compiled
-        offsets = nn.functional.pad(counts.to(rows.device).cumsum(0), (1, 0)).int()  # (E + 1,)
-        return self._project(rows, self.spec.up, offsets)
-
-
-_CALLED = (QuantizedExperts, MaskedExperts, DenseExperts, GroupedLinear)
-CALLS: dict[str, type[QuantizedExperts]] = {c.call: c for c in _CALLED}
-CALLS["items"] = QuantizedExperts  # experts in a list, that their block calls one by one: it is routed anew
+        return _new, (self.original_class, self.spec.call), *reduced[2:]
 
 
 def swap(
@@ -266,7 +221,7 @@ def swap(
 
     It shares the module's children, hooks and attributes; the module itself is left as it was.
     """
-    new = carry_over(module, _new(type(module), CALLS[spec.call].call))
+    new = carry_over(module, _new(type(module), spec.call))
     if hasattr(new, "is_transposed"):
         new.__dict__ |= {"is_transposed": False, "is_concatenated": True}
     spec.take_out(new)
@@ -305,17 +260,12 @@ def cannot_take(spec: ExpertsSpec, fmt: Format) -> str | None:
     return None
 
 
-@cache
-def _swapped_class(original: Any, call: str) -> type[QuantizedExperts]:
-    body: dict[str, Any] = {"original_class": original}
-    if hasattr(original, "__len__"):  # of a list whose children are gone
-        body["__len__"] = lambda self: self.spec.num_experts
-    return type(f"Quantized{original.__name__}", (CALLS[call], original), body)
-
-
 def _new(original: Any, call: str) -> QuantizedExperts:
     """An empty instance: what unpickling starts from."""
-    cls = CALLS[call] if original is None else _swapped_class(original, call)
+    from .calls import CALLS, swapped_class  # subclasses of what this file defines
+
+    base: Any = CALLS[call]
+    cls = base if original is None else swapped_class(original, base)
     return cls.__new__(cls)
 
 

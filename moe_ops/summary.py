@@ -88,7 +88,7 @@ def _note(m: QuantizedModule, routed: set[int]) -> str:
         return ""
     dense = "every expert runs on every row: the block's routing was not read"
     unchecked = "read from shapes alone: there was nothing to compare with"
-    notes = {dense: m.call == "dense" and id(m) not in routed, unchecked: not m.spec.checked}
+    notes = {dense: m.spec.call == "dense" and id(m) not in routed, unchecked: not m.spec.checked}
     return "; ".join(text for text, applies in notes.items() if applies)
 
 

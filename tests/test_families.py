@@ -59,7 +59,7 @@ def test_ids_of_other_devices_contribute_zero(name):
     """Expert parallelism gives the id num_experts to what is not here, and lowers num_experts of a shard."""
     new = moe_ops.quantize_(built(name), {"experts": "fp8/bf16"})
     m = experts(name, new)
-    if m.call != "topk":
+    if m.spec.call != "topk":
         pytest.skip("called with sorted rows in this transformers")
     spec = m.spec
     x, weights = rows(6, spec.hidden_size), torch.rand(6, 2) + 0.1
@@ -148,7 +148,7 @@ def test_dropout_in_experts(name):
     m, own = experts(name, new), experts(name, floats)
     assert (m.spec.dropout, m.spec.row_dropout) == ((0.1, 0.0) if name == "switch_transformers" else (0.0, 0.2))
     x, ids, weights = rows(12), torch.arange(12)[:, None] % 2, torch.rand(12, 1) + 0.5
-    args = (x, torch.nn.functional.one_hot(ids, 4), weights) if m.call == "mask" else (x, ids, weights)
+    args = (x, torch.nn.functional.one_hot(ids, 4), weights) if m.spec.call == "mask" else (x, ids, weights)
     torch.testing.assert_close(m(*args), own(*args), rtol=1e-4, atol=1e-5)
     torch.manual_seed(0)
     drawn, want = (torch.stack([e.train()(*args) for _ in range(300)]) for e in (m, own))

@@ -246,3 +246,52 @@ class ListBlock(nn.Module):
             out = out + (self.shared_expert_gate(rows).sigmoid() * y if hasattr(self, "shared_expert_gate") else y)
         out = out.view(hidden_states.shape)
         return (out, logits) if self.returns == "tuple" else out
+
+
+class UnflaggedExperts(nn.Module):
+    """Stacks of matrices without the flags of the experts interface, its gate written into its forward."""
+
+    def __init__(self, transposed=False, bias=False, gate="silu", call="topk", identities=0, names=("w13", "w2")):
+        super().__init__()
+        self.num_experts, self.identities, self.transposed = EXPERTS, identities, transposed
+        self.gate, self.call, self.names = gate, call, names
+        if gate == "module":
+            self.activation = nn.GELU()
+        rows = INTERMEDIATE if gate == "relu2" else 2 * INTERMEDIATE
+        sizes = (EXPERTS + identities, rows, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
+        for name, (e, n, k) in zip(names, sizes, strict=True):
+            w = torch.randn(e, n, k) / k**0.5
+            setattr(self, name, nn.Parameter(w.mT.contiguous() if transposed else w))
+            if bias:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(e, n) * 0.3))
+
+    def act(self, h):
+        if self.gate == "relu2":
+            return h.relu().square()
+        if self.gate == "oai":
+            gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+            return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+        gate, up = h.chunk(2, -1)
+        return (nn.functional.silu(gate) if self.gate == "silu" else self.activation(gate)) * up
+
+    def linear(self, name, e, x):
+        w = getattr(self, name)[e]
+        y = x @ (w if self.transposed else w.T)
+        return y + getattr(self, f"{name}_bias")[e] if hasattr(self, f"{name}_bias") else y
+
+    def one(self, e, x):
+        return x if e >= self.num_experts else self.linear(self.names[1], e, self.act(self.linear(self.names[0], e, x)))
+
+    def forward(self, hidden, second, third):
+        ids, weights = (third, second) if self.call == "swapped scores" else (second, third)
+        out = torch.zeros_like(hidden)
+        for t in range(hidden.shape[0]):
+            for a, e in enumerate(ids[t].tolist()):
+                out[t] += self.one(e, hidden[t]) * weights[t, a if self.call == "topk" else e]
+        return out
+
+
+class RowsOfAllExperts(UnflaggedExperts):
+    def forward(self, hidden):
+        each = hidden.view(self.num_experts, -1, HIDDEN)
+        return torch.cat([self.one(e, x) for e, x in enumerate(each)])

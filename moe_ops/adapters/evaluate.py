@@ -54,9 +54,12 @@ def run(spec: ExpertsSpec, module: nn.Module, x: Tensor, ids: Tensor, weights: T
 
 
 def to_calls(spec: ExpertsSpec, x: Tensor, ids: Tensor, weights: Tensor) -> list[tuple]:
-    """(T, H), (T, A), (T, A) as arguments of a module that is called in one of the ways of `experts.CALLS`."""
+    """(T, H), (T, A), (T, A) as arguments of a module that is called in one of the ways of `calls.CALLS`."""
     if spec.call == "mask":
         return [(x, nn.functional.one_hot(ids, spec.num_experts), weights)]
+    if spec.call in ("scores", "swapped scores"):
+        scores = weights.new_zeros(x.shape[0], spec.num_experts).scatter(1, ids, weights)  # (T, E)
+        return [(x, ids, scores) if spec.call == "scores" else (x, scores, ids)]
     if spec.call == "dense":  # every expert gets every row, zero where it is not wanted
         scores = weights.new_zeros(x.shape[0], _EXPERTS).scatter(1, ids, weights)  # (T, 2)
         return [((x[None] * scores.T[:, :, None]).flatten(0, 1),)]
@@ -100,13 +103,13 @@ def _rows(spec: ExpertsSpec, module: nn.Module, weight: Tensor) -> tuple[Tensor,
     g = torch.Generator().manual_seed(0)
     e = _EXPERTS if spec.call == "dense" else spec.num_experts
     a, b = (e + spec.identities - 1,) * 2 if spec.identities else (e - 1, 0)
-    x = torch.randn(_TOKENS, spec.hidden_size, generator=g).to(weight.device)
+    x = torch.randn(_TOKENS, spec.hidden_size, generator=g, dtype=torch.float32).to(weight.device)
     h = x @ spec.expert(module, spec.up, 0).to(x.dtype).T
     x = (x * min(_LARGE / max(float(h.square().mean().sqrt()), 1e-6), 1e4)).to(weight.dtype)
     if spec.call == "sizes":
         return x, torch.tensor([[0]] * 2 + [[e - 1]] * (_TOKENS - 2)).to(x.device), torch.ones_like(x[:, :1])
     ids = torch.tensor([[0, e - 1], [e - 1, 0], [0, a], [b, e - 1], [e - 1, 0], [0, e - 1]])
-    weights = torch.rand(_TOKENS, 2, generator=g) + 0.25
+    weights = torch.rand(_TOKENS, 2, generator=g, dtype=torch.float32) + 0.25
     if spec.call == "mask":
         ids, weights = ids[:, :1], weights[:, :1]
     if spec.call == "dense":  # weighs the input

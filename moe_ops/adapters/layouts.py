@@ -71,18 +71,20 @@ def stacked(module: nn.Module) -> ExpertsSpec | None:
 
     The first projection may have rows for ids that leave the input as it is.
     """
-    found = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    held = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    found = {n: shape for n, shape in held.items() if not n.endswith("_bias")}
+    biases = [n for n in found if len(held.get(f"{n}_bias", ())) == 2]
     if len(_stacks(module)) < 2:
         return None
     what = f"{type(module).__name__} holds stacks of matrices ({', '.join(_stacks(module))})"
-    if len(found) != 2:
+    if len(found) != 2 or len(held) != 2 + len(biases) or len(biases) == 1:
         raise CannotAdapt(f"{what} beside parameters that no rule explains")
-    call = {3: "topk", 1: "dense"}.get(_arguments(module) or 0)
+    calls = {3: ("topk", "scores", "swapped scores"), 1: ("dense",)}.get(_arguments(module) or 0, ())
     specs = [s for up, down in permutations(found, 2) for s in _fitting(found, up, down)]
-    if call is None or not specs:
-        why = "do not fit together" if call else "are not called with (hidden, ids, weights)"
+    if not calls or not specs:
+        why = "do not fit together" if calls else "are not called with (hidden, ids, weights)"
         raise CannotAdapt(f"{what} that {why}")
-    return _first_right(module, [replace(s, call=call) for s in specs], what)
+    return _first_right(module, [replace(s, call=c, has_bias=bool(biases)) for s, c in product(specs, calls)], what)
 
 
 def flat(module: nn.Module) -> ExpertsSpec | None:
@@ -158,7 +160,8 @@ def _gates(module: nn.Module, spec: ExpertsSpec) -> Iterator[ExpertsSpec]:
         yield replace(spec, gate=gate, interleaved=bool(gate and gate.interleaved))
         return
     own = [g for m in (module, *module.children()) for g in _activations(m, spec)]
-    known = [Gate(activation=a.name, gated=spec.gated) for a in ACTIVATIONS.values() if a.base == a.name]
+    known = [Gate(activation=a.base, gated=spec.gated, alpha=a.alpha, beta=a.beta, limit=a.limit)
+             for a in ACTIVATIONS.values() if spec.gated or a.base == a.name]  # fmt: skip
     others = [] if spec.floats(module)[0][1].is_meta else known  # a guess that nothing could confirm
     for gate, interleaved in product((*own, *(g for g in others if g not in own)), (False, True)):
         if spec.gated or not interleaved:
@@ -185,12 +188,12 @@ def _fitting(found: dict[str, tuple[int, ...]], up: str, down: str) -> Iterator[
 
 
 def _arguments(module: nn.Module) -> int | None:
-    """How many arguments its own forward needs; None without one."""
+    """How many arguments its own forward takes; None without one."""
     forward: Any = type(module).forward
     if forward is nn.Module.forward:
         return None
-    kinds = [(p.kind, p.default) for p in list(inspect.signature(forward).parameters.values())[1:]]
-    return sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and d is inspect.Parameter.empty for kind, d in kinds)
+    kinds = [p.kind for p in list(inspect.signature(forward).parameters.values())[1:]]
+    return sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
 
 
 def _integers(module: nn.Module) -> set[int]:

@@ -94,7 +94,7 @@ def _between(mlp: nn.Module, linears: dict[str, nn.Linear], ups: tuple[str, ...]
     drops = {name: m.p for name, m in mlp.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
     own = with_children(mlp, {**parts, **{name: nn.Identity() for name in drops}}).eval()
     try:
-        h = torch.randn(3, len(ups) * i, generator=torch.Generator().manual_seed(0))
+        h = torch.randn(3, len(ups) * i, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         out: Any = own(h)
     except Exception:  # a stranger's code, run with stand-ins that it may not take
         return None
@@ -145,13 +145,13 @@ def _called(module: nn.Module, spec: ExpertsSpec) -> ExpertsSpec:
     experts = {key: Expert(e) for e, key in enumerate(spec.keys)}
     probe = with_children(module, dict(experts)).eval()
     g = torch.Generator().manual_seed(0)
-    ids = torch.rand(_TOKENS, spec.num_experts, generator=g).argsort(-1)[:, :2]
-    weights = torch.rand(_TOKENS, 2, generator=g)
+    ids = torch.rand(_TOKENS, spec.num_experts, generator=g, dtype=torch.float32).argsort(-1)[:, :2]
+    weights = torch.rand(_TOKENS, 2, generator=g, dtype=torch.float32)
     for call, a in (("topk", 2), ("mask", 1)):
         candidate = replace(spec, call=call)
-        want = torch.zeros(_TOKENS, spec.num_experts).scatter(1, ids[:, :a], weights[:, :a])
+        want = weights.new_zeros(_TOKENS, spec.num_experts).scatter(1, ids[:, :a], weights[:, :a])
         try:
-            x = torch.ones(_TOKENS, spec.hidden_size)
+            x = weights.new_ones(_TOKENS, spec.hidden_size)
             (args,) = evaluate.to_calls(candidate, x, ids[:, :a], weights[:, :a])
             got: Any = type(module).forward(probe, *args)[:, : spec.num_experts]
         except Exception:  # another call

@@ -130,15 +130,15 @@ class _Block:
         self._own_numbers()
         self.probe.training = training
         g = torch.Generator().manual_seed(1)
-        self.x = torch.randn(_BATCH, _LENGTH, spec.hidden_size, generator=g)
+        self.x = torch.randn(_BATCH, _LENGTH, spec.hidden_size, generator=g, dtype=torch.float32)
         self.x[..., 0] = 1.0
         self.first = self.run()
         self.calls = {k: list(s.calls) for k, s in {**self.seen, **self.shared}.items()}
 
     def run(self) -> Any:
         try:
-            torch.manual_seed(0)
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
                 return self.probe.forward(self.x.clone())
         except Exception as e:  # a stranger's code, run with stand-ins that it may not take
             raise CannotAdapt(f"{type(self.probe).__name__} does not run with other experts: {_line(e)}") from None
@@ -154,13 +154,13 @@ class _Block:
         return any(self.num_experts in s for s in shapes) or (isinstance(m, nn.Linear) and m.out_features == 1)
 
     def _own_numbers(self) -> None:
-        own = nn.Module()
+        own, p32 = nn.Module(), lambda t: torch.zeros(t.shape, dtype=torch.float32)
         for k, p in self.probe._parameters.items():
             if p is not None:
-                own.register_parameter(k, nn.Parameter(torch.empty(p.shape), requires_grad=False))
+                own.register_parameter(k, nn.Parameter(p32(p), requires_grad=False))
         for k, b in self.probe._buffers.items():
             if b is not None:
-                own.register_buffer(k, b.cpu() if not b.is_meta and not b.is_floating_point() else torch.zeros(b.shape))
+                own.register_buffer(k, b.cpu() if not b.is_meta and not b.is_floating_point() else p32(b))
         randomised(own)
         self.probe.__dict__["_parameters"], self.probe.__dict__["_buffers"] = own._parameters, own._buffers
 

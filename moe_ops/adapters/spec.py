@@ -30,7 +30,7 @@ class ExpertsSpec:
     unless `up_from` and `down_from` name others (relative, one per shard, or one that holds all): stacks of all
     experts, (E, N, K) or (`flat`) (E * N, K), or, where a name has "{}" in it, one matrix per module in `keys`.
 
-    call: how the module is called, a key of `experts.CALLS`.
+    call: how the module is called, a key of `calls.CALLS`.
     gate: what lies between the projections; None when `own_gate`, or the module's `_apply_gate` or `act_fn`, has to be
         called.
     identities: ids E..E+identities-1 add their weight times the input. They have rows of `up`, without meaning.

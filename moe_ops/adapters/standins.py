@@ -129,7 +129,8 @@ def randomised(module: nn.Module) -> nn.Module:
     g = torch.Generator().manual_seed(0)
     for t in [*module.parameters(), *module.buffers()]:
         if t.is_floating_point():
-            t.data = torch.randn(t.shape, generator=g) * (1.0 / max(t.shape[-1], 1) ** 0.5 if t.ndim > 1 else 0.1)
+            scale = 1.0 / max(t.shape[-1], 1) ** 0.5 if t.ndim > 1 else 0.1
+            t.data = torch.randn(t.shape, generator=g, dtype=torch.float32) * scale
     return module
 
 
