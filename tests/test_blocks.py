@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from toy_moe import EXPERTS, HIDDEN, INTERMEDIATE, ListBlock, Mlp, bits
+from toy_moe import EXPERTS, HIDDEN, INTERMEDIATE, ListBlock, Mlp, SortedBlock, bits
 from toy_moe import relative_error as rel
 
 from moe_ops import QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
+from moe_ops.adapters import read, read_routing
 from moe_ops.blocks import RoutedBlock
 
 BLOCKS = {
@@ -213,3 +214,51 @@ def test_a_block_with_a_hook_keeps_it_and_one_with_a_forward_of_its_own_is_not_r
     other.forward = lambda x: ListBlock.forward(other, x)
     quantize_(other, {"experts": "fp8"})
     assert type(other) is ListBlock and isinstance(other.experts[0].w1, QuantizedLinear)
+
+
+@torch.no_grad()
+def test_remote_code_that_sorts_rows():
+    torch.manual_seed(0)
+    old = SortedBlock().eval()
+    new = quantize_(copy.deepcopy(old), {"experts": "fp8/bf16"})
+    assert isinstance(new, RoutedBlock)
+    want = dequantize_(copy.deepcopy(new))(rows())
+    torch.testing.assert_close(new(rows()), want, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(new, backend="aot_eager", fullgraph=True)(rows()), new(rows()))
+    with pytest.raises(NotImplementedError, match="SortedBlock does something else in training"):
+        new.train()(rows())
+
+
+@torch.no_grad()
+def test_a_hook_of_accelerate_moves_over():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Twice(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (2 * args[0],), kwargs
+
+    plain = quantize_(block(), {"experts": "fp8/bf16"})
+    hooked = block()
+    hooks.add_hook_to_module(hooked, Twice())
+    quantize_(hooked, {"experts": "fp8/bf16"})
+    assert isinstance(hooked, RoutedBlock)
+    torch.testing.assert_close(hooked(rows())[0], plain(2 * rows())[0])
+    dequantize_(hooked)
+    assert type(hooked) is ListBlock
+    torch.testing.assert_close(hooked(rows())[0], plain(2 * rows())[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_reading_leaves_no_trace():
+    """Neither in random numbers nor in modules; experts, big as they are, are not run."""
+    old, state, calls = block(shared="gated"), torch.get_rng_state(), []
+    before = copy.deepcopy(old.state_dict())
+    for m in old.modules():
+        m.register_forward_hook(lambda m, args, out: calls.append(type(m).__name__))
+    spec = read(old.experts)
+    assert set(calls) <= {"Linear", "SiLU", "Dropout", "Mlp"} and len(calls) < 60  # two experts, compared
+    calls.clear()
+    read_routing(old, "experts", spec)
+    assert not calls and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(old.state_dict()[k], v) for k, v in before.items())

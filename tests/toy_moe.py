@@ -295,3 +295,53 @@ class RowsOfAllExperts(UnflaggedExperts):
     def forward(self, hidden):
         each = hidden.view(self.num_experts, -1, HIDDEN)
         return torch.cat([self.one(e, x) for e, x in enumerate(each)])
+
+
+class Gate(nn.Module):
+    """A router as remote code has it: (B, L, H) -> ids, weights, and an auxiliary loss, in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN) / HIDDEN**0.5)
+        self.alpha = 0.001
+
+    def forward(self, hidden_states):
+        hidden = hidden_states.shape[-1]
+        scores = nn.functional.linear(hidden_states.view(-1, hidden).float(), self.weight.float()).softmax(-1)
+        weights, ids = torch.topk(scores, TOP_K, dim=-1, sorted=False)
+        return ids, weights * 16.0, scores.mean() * self.alpha if self.training else None
+
+
+class SortedBlock(nn.Module):
+    """A block that sorts rows and runs slices of them, as remote code does; in training it takes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(EXPERTS))
+        self.gate = Gate()
+        self.shared_experts = Mlp(intermediate=48)
+
+    def forward(self, hidden_states):
+        identity, shape = hidden_states, hidden_states.shape
+        ids, weights, loss = self.gate(hidden_states)
+        rows = hidden_states.view(-1, shape[-1])
+        if self.training:
+            y = torch.stack([self.experts[e](rows[i // TOP_K]) for i, e in enumerate(ids.flatten().tolist())])
+            y = (y.view(*weights.shape, -1) * weights[..., None]).sum(1).view(shape) + loss
+        else:
+            y = self.sorted(rows, ids, weights).view(shape)
+        return y + self.shared_experts(identity)
+
+    @torch.no_grad()
+    def sorted(self, x, ids, weights):
+        counts = ids.new_zeros((ids.shape[0], len(self.experts))).scatter_(1, ids, 1).sum(0).cpu().numpy()
+        order = ids.view(-1).argsort()
+        tokens, outputs, start = x[order // ids.shape[1]], [], 0
+        for e, n in enumerate(counts):
+            if n:
+                outputs.append(self.experts[e](tokens[start : start + n]))
+                start += n
+        outs = torch.cat(outputs)
+        new = torch.empty_like(outs)
+        new[order] = outs
+        return new.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(-1)).sum(1).type(new.dtype)
