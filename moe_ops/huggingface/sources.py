@@ -158,12 +158,15 @@ _SPELLED = {
 }  # fmt: skip
 
 
-class Reader:
-    """A tensor of a file, read when it is called."""
+class Files:
+    """Tensors of checkpoint files, read one by one; each file is opened once."""
 
-    def __init__(self, stored: Stored, key: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        self.stored, self.key, self.device, self.dtype = stored, key, device, dtype
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = stored
+        self._open: dict[str, Any] = {}
 
-    def __call__(self) -> Tensor:
-        with safe_open(self.stored.file, framework="pt") as f:
-            return f.get_tensor(self.key).to(device=self.device, dtype=self.dtype)
+    def read(self, key: str, device: torch.device | str) -> Tensor:
+        file = self.stored[key].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file].get_tensor(key).to(device)
