@@ -104,8 +104,10 @@ def test_config_of_a_saved_model(tmp_path):
 
 
 def test_every_pair_of_arguments_is_checked():
-    for bad in ({"format": "fp7"}, {"format": "mxfp4", "backend": "x"}, {"format": {"re:(": "fp8"}}, {"modules": {"a": "x"}},
-                {"formt": "fp8"}, {"version": 2}, {"format": None}, {"quant_method": "other"}):  # fmt: skip
+    for bad in (
+        {"format": "fp7"}, {"format": "mxfp4", "backend": "x"}, {"format": {"re:(": "fp8"}}, {"modules": {"a": "x"}},
+        {"formt": "fp8"}, {"version": 2}, {"format": None}, {"quant_method": "other"},
+    ):  # fmt: skip
         with pytest.raises(ValueError):
             MoeOpsConfig(**bad)
     config = MoeOpsConfig({"experts": FORMATS["mxfp4"], "linear": None}, ignore=("a", "re:b.*"), strict=False)
@@ -190,7 +192,7 @@ def test_dtypes_and_places(tmp_path):
     with pytest.raises(ValueError, match="ops compute in"):
         load(cls, tmp_path / "float", "fp8", dtype=torch.float64)
     offloaded = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
-    with pytest.raises(ValueError, match="cannot be offloaded.* disk"):
+    with pytest.raises(ValueError, match=r"cannot be offloaded.* disk"):
         load(cls, tmp_path / "float", "fp8", device_map=offloaded, offload_folder=str(tmp_path / "off"))
 
 

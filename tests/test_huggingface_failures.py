@@ -94,12 +94,14 @@ def test_an_expert_too_many(floats):
     refused(cls, path, r"experts\.4\.gate_proj\.weight: no such expert")
 
 
-@pytest.mark.parametrize("key", [EXPERT.format("gate"), EXPERT.format("down"), "model.layers.0.self_attn.o_proj.weight"])
+@pytest.mark.parametrize("key", [
+    EXPERT.format("gate"), EXPERT.format("down"), "model.layers.0.self_attn.o_proj.weight", "model.norm.weight",
+])  # fmt: skip
 def test_wrong_shapes(floats, key):
     cls, path = floats
     saved.change(path, lambda found: found.update({key: found[key][:-1].clone()}))
-    where = r"expert 2.* must be \(.*\), got" if "experts" in key else r"o_proj\.weight must be"
-    refused(cls, path, where)
+    where = r"expert 2.* must be \(.*\), got" if "experts" in key else re.escape(key) + " must be"
+    refused(cls, path, where if key != "model.norm.weight" else ".", kind=(ValueError, RuntimeError))
 
 
 def test_wrong_shapes_of_fused_weights(fused):
@@ -207,19 +209,17 @@ def test_wrong_parts_of_a_quantized_checkpoint(codes):
     (lambda c: c.update(version="1"), "version '1'"),
     (lambda c: c["modules"].update({"model.layers.0.mlp.experts": "fp7"}), "unknown format 'fp7'"),
     (lambda c: c["modules"].update({"model.layers.0.mlp.experts": "mxfp4"}), "down_proj must be U8"),
-    (lambda c: c["modules"].update({"model.layers.7.mlp.experts": "fp8"}), r"layers\.7\.mlp\.experts .* no such module"),
+    (lambda c: c["modules"].update({"model.layers.7.mlp.experts": "fp8"}), r"layers\.7\.mlp\.experts .* no such mod"),
     (lambda c: c["modules"].update({"lm_head": "fp8"}), "lm_head"),
     (lambda c: c["modules"].update({"model.layers.0": "fp8"}), r"layers\.0 is stored in fp8, and cannot be built so"),
-    (lambda c: c["modules"].pop("model.layers.0.mlp.experts"), r"(?s)layers\.0\.mlp\.experts|ignore_mismatched"),
+    (lambda c: c["modules"].pop("model.layers.0.mlp.experts"), r"layers\.0\.mlp\.experts\.\w+ must be"),
     (lambda c: c.update(modules={}), "of no module"),
     (lambda c: c.update(rotation="hadamard"), "rotation"),
-    (lambda c: c.update(quant_method="fp8"), "."),
 ])  # fmt: skip
 def test_a_config_that_says_something_else(codes, change, message):
     cls, path = codes
     saved.change_config(path, change)
-    with pytest.raises((ValueError, RuntimeError, ImportError, TypeError, AssertionError), match=message):
-        load(cls, path)
+    refused(cls, path, message, None)
 
 
 def test_without_moe_ops_transformers_refuses(tmp_path):
@@ -283,22 +283,21 @@ def test_reload_keeps_the_storage(name, format, tmp_path):
     for i, p in enumerate(other.parameters()):
         p.copy_((p.float() * 1.25 + 0.01 * (i % 3)).to(p.dtype))
     other.save_pretrained(tmp_path / "b", max_shard_size="50KB")
-    config = {"format": format, "strict": False}
-    first, want = (
-        cls.from_pretrained(tmp_path / d, dtype=torch.bfloat16, quantization_config=MoeOpsConfig(**config)) for d in "ab"
-    )
+    first, want = (load_anyhow(cls, tmp_path / d, format) for d in "ab")
     want.save_pretrained(tmp_path / "codes")
     there = {key: t.data_ptr() for key, t in first.state_dict().items()}
-    changed = [not torch.equal(saved.raw(t), saved.raw(want.state_dict()[key])) for key, t in first.state_dict().items()]
+    other = want.state_dict()
+    changed = [not torch.equal(saved.raw(t), saved.raw(other[key])) for key, t in first.state_dict().items()]
     assert sum(changed) > len(changed) / 2
     for source in ("b", "a", "codes"):
         assert reload_(first, tmp_path / source) is first
-        assert_same(first, want if source != "a" else load_again(cls, tmp_path / "a", config))
+        assert_same(first, want if source != "a" else load_anyhow(cls, tmp_path / "a", format))
         assert {key: t.data_ptr() for key, t in first.state_dict().items()} == there
 
 
-def load_again(cls, path, config):
-    return cls.from_pretrained(path, dtype=torch.bfloat16, quantization_config=MoeOpsConfig(**config))
+def load_anyhow(cls, path, format):
+    config = MoeOpsConfig(format, strict=False)
+    return cls.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
 
 
 @torch.no_grad()

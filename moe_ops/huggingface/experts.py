@@ -32,7 +32,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     Raises ValueError for a layout that cannot be read from the module, and for weights that are not float.
     """
-    spec = self.__dict__.get(_SPEC) or spec_of(self)
+    spec = self.__dict__.get(_SPEC) or _read_once(self)
     if torch.is_grad_enabled() and _needs_gradient(self, spec, hidden_states, top_k_weights):
         _say_once(type(self).__name__)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -57,6 +57,12 @@ def spec_of(module: nn.Module) -> ExpertsSpec:
         )
     module.__dict__[_SPEC] = spec
     return spec
+
+
+@torch.compiler.assume_constant_result
+def _read_once(module: nn.Module) -> ExpertsSpec:
+    """For the compiler: it takes what this returns, instead of tracing the evaluation of a gate."""
+    return spec_of(module)
 
 
 def _needs_gradient(m: nn.Module, spec: ExpertsSpec, x: Tensor, topk_weights: Tensor) -> bool:

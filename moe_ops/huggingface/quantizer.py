@@ -40,6 +40,7 @@ class MoeOpsQuantizer(HfQuantizer):
         self._streams: dict[str, tuple[Stream, str]] = {}
         self._expected: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {}
         self._sizes: dict[str, float] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._late: list[Target] = []
         self._float_experts: list[str] = []
         self._files: list[str] = []
@@ -82,6 +83,7 @@ class MoeOpsQuantizer(HfQuantizer):
         for name, m in streams(model):
             self._in_fp32(name, m, dtypes)
             self._open(name, m)
+        self._shapes = {key: t.shape for key, t in model.state_dict().items() if key not in self._streams}
 
     def _plan(self, model: nn.Module) -> Plan:
         """By the rules as they were given, or by what a checkpoint says of each module."""
@@ -158,13 +160,9 @@ class MoeOpsQuantizer(HfQuantizer):
     def _check(self, model: Any, stored: dict[str, sources.Stored], conversions: list) -> list[str]:
         found = sources.trace(model, stored, conversions)
         if self.pre_quantized:
-            modules = dict(streams(model))
-            names: dict[str, tuple[torch.dtype, torch.Size]] = {}
-            for name, parameters in self._expected.items():
-                names |= {f"{name}.{key}": want for key, want in parameters.items()}
-            exact = [f"{name}.{key}" for name, m in modules.items() for key in m._parameters if disk.is_code(m, key)]
-            lost = [f"{key}: the checkpoint lacks it" for key in _saved(model) if key not in found and key not in names]
-            return sources.check_codes(found, stored, names, exact) + lost
+            codes = [f"{name}.{key}" for name, m in streams(model) for key in m._parameters if disk.is_code(m, key)]
+            want = {key: (t.dtype, t.shape) for key, t in model.state_dict().items()}
+            return sources.check_codes(found, stored, want, codes, _saved(model))
         experts_of = {name: s.module.layouts()[weight].experts for name, (s, weight) in self._streams.items()}
         inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
         state = {k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in inside))}
@@ -176,8 +174,12 @@ class MoeOpsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _raise(self.problems)
+        # 5.17 compares no shapes where there is a quantizer, and later versions only those of some.
+        now = {key: t.shape for key, t in model.state_dict().items() if key in self._shapes}
+        _raise([f"{key} must be {tuple(self._shapes[key])}, got {tuple(s)}" for key, s in now.items()
+                if s != self._shapes[key]])  # fmt: skip
         _raise([text for name, m in streams(model) for text in self._finish(name, m)])
-        self._streams, self._expected, self._sizes = {}, {}, {}
+        self._streams, self._expected, self._sizes, self._shapes = {}, {}, {}, {}
         late, self._late = self._late, []
         replace_(late, self.quantization_config.backend)
         from .. import lowering

@@ -144,8 +144,8 @@ def _load_codes(model: Any, stored: Mapping[str, sources.Stored], said: MoeOpsCo
     state, found = disk.state(model), sources.trace(model, stored, [])
     tied = model.all_tied_weights_keys
     want = {key: (t.dtype, t.shape) for key, t in state.items() if key not in tied or key in found}
-    exact = [f"{name}.{key}" for name, m in mine.items() for key in m._parameters if disk.is_code(m, key)]
-    _raise(sources.check_codes(found, stored, want, exact))
+    codes = [f"{name}.{key}" for name, m in mine.items() for key in m._parameters if disk.is_code(m, key)]
+    _raise(sources.check_codes(found, stored, want, codes, want))
     files = sources.Files(stored)
     for name in want:
         ((key, *_),) = found[name].keys.values()

@@ -130,17 +130,18 @@ def _absent(name: str, pattern: str, keys: list[str], experts: int | None) -> li
 
 def check_codes(
     found: Mapping[str, Sources], stored: Mapping[str, Stored], expected: Mapping[str, tuple[torch.dtype, torch.Size]],
-    exact: Iterable[str],
+    codes: Iterable[str], needed: Iterable[str],
 ) -> list[str]:  # fmt: skip
-    """Why a checkpoint of ours cannot be loaded. `exact` names what must have the type that is expected, too."""
-    problems, exact = [], set(exact)
+    """Why a checkpoint of ours cannot be loaded. `codes` must have the type that is expected, too."""
+    problems, codes = [], set(codes)
+    needed = codes.union(needed)
     for name, (dtype, shape) in expected.items():
         keys = [key for many in found[name].keys.values() for key in many] if name in found else []
         if not keys:
-            problems.append(f"{name}: the checkpoint lacks it")
+            problems += [f"{name}: the checkpoint lacks it"] if name in needed else []
             continue
         have = stored[keys[0]]
-        if have.shape != tuple(shape) or (name in exact and have.dtype != spelling(dtype)):
+        if have.shape != tuple(shape) or (name in codes and have.dtype != spelling(dtype)):
             want = f"{spelling(dtype)} {tuple(shape)}"
             problems.append(f"{keys[0]} must be {want}, the checkpoint has {have.dtype} {have.shape}")
     return problems
