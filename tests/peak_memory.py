@@ -1,9 +1,9 @@
 """Run as a script: loads a checkpoint quantized and prints, as JSON, how much memory that took at its highest.
 
-    python peak_memory.py PATH FORMAT
+    python peak_memory.py PATH FORMAT DEVICE
 
-On the CPU: anonymous memory of the process (pages of the files that are read are the system's, not counted) above what
-it had before, sampled. Prints also the bytes of the model that came out.
+On a GPU: what torch has allocated there. On the CPU: anonymous memory of the process, sampled; pages of the files that
+are read are the system's, and not counted. Both above what there was before. Prints also the bytes of the model.
 """
 
 import json
@@ -32,7 +32,7 @@ class Peak(threading.Thread):
             time.sleep(0.001)
 
 
-def main(path, format):
+def main(path, format, device):
     import torch
     import transformers
 
@@ -40,17 +40,25 @@ def main(path, format):
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    # Once with what is small, so that imports, caches and threads are there before it counts.
-    load(os.path.join(path, "small"), dtype=torch.bfloat16, quantization_config=moe_ops.MoeOpsConfig("fp8"))
+
+    def load(name):
+        config = None if format == "none" else moe_ops.MoeOpsConfig(format)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            os.path.join(path, name), dtype=torch.bfloat16, quantization_config=config, device_map=device
+        )
+
+    load("small")  # so that imports, caches and threads are there before it counts
     before, peak = anonymous(), Peak()
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     peak.start()
-    config = None if format == "none" else moe_ops.MoeOpsConfig(format)
-    model = load(os.path.join(path, "big"), dtype=torch.bfloat16, quantization_config=config)
+    model = load("big")
     peak.stop = True
     peak.join()
+    highest = peak.highest if device == "cpu" else torch.cuda.max_memory_allocated()
     stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return {"peak": peak.highest - before, "stored": stored, "quantized": hasattr(model, "hf_quantizer")}
+    return {"peak": highest - before, "stored": stored, "quantized": hasattr(model, "hf_quantizer")}
 
 
 if __name__ == "__main__":
