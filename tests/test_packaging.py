@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("backends",),
     ("ops",),
-    ("adapters", "storage", "experts", "linear"),
+    ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
     ("huggingface", "checkpoints", "quality"),
     ("lowering",),
