@@ -94,8 +94,8 @@ def multiply(
     else:
         acc, acc_up = accumulate(
             x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_xk, stride_wk, stride_xsk,
-            stride_wsk, MMA, DECODE, ELEMENT, BITS, KIND, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_X, GROUP_K, FOLD, GATED, SCALED, UNIFORM,
-            EVEN_K, SWAP, PROMOTE,
+            stride_wsk, MMA, DECODE, ELEMENT, BITS, KIND, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_X, GROUP_K, FOLD, GATED,
+            SCALED, UNIFORM, EVEN_K, SWAP, PROMOTE,
         )  # fmt: skip
 
     xr = None
