@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("adapters", "storage", "experts", "linear"),
     ("rules", "targets", "summary", "quantize"),
-    ("huggingface", "checkpoints", "quality"),
+    ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),
     ("lowering",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
