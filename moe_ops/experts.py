@@ -16,7 +16,7 @@ from .activation import Gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
-from .storage import PARTS, QuantizedModule, carry_over, wrong_dtype
+from .storage import PARTS, Layout, QuantizedModule, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec")
 
@@ -74,6 +74,17 @@ class QuantizedExperts(QuantizedModule):
 
     def weight_names(self) -> tuple[str, ...]:
         return self.spec.up, self.spec.down
+
+    def layouts(self) -> dict[str, Layout]:
+        return {name: Layout(self.spec.num_experts, shards, n, k) for name, shards, n, k in self.spec.matrices}
+
+    def float_shape(self, name: str) -> torch.Size:
+        experts, shards, n, k = self.layouts()[name]
+        assert experts is not None
+        return self.spec.original(name, torch.empty(experts, shards * n, k, device="meta")).shape
+
+    def canonical(self, name: str, weight: Tensor) -> Tensor:
+        return self.spec.canonical(name, weight)
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden (T, H), topk_ids and topk_weights (T, A) -> (T, H) in its dtype. Any leading dims for T."""
@@ -234,8 +245,14 @@ def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | 
         weight = new._parameters[name]
         assert weight is not None
         new._put(name, _quantize(spec, name, weight, shards, fmt, device))
-        _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.canonical_bias(name, b).to(device))
+    canonical_biases_(new, device)
     return new
+
+
+def canonical_biases_(module: QuantizedExperts, device: Any = None) -> None:
+    """Bring biases that are as in the float module into the order of what is stored."""
+    for name in module.weight_names():
+        _replace_bias(module, f"{name}_bias", lambda b, name=name: module.spec.canonical_bias(name, b).to(device))
 
 
 def _quantize(spec: ExpertsSpec, name: str, weight: Tensor, shards: int, fmt: Format, device: Any) -> QuantizedTensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
-from .storage import PARTS, QuantizedModule, carry_over, wrong_dtype
+from .storage import PARTS, Layout, QuantizedModule, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "trainable")
 
@@ -42,6 +42,15 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def weight_names(self) -> tuple[str, ...]:
         return ("weight",)
+
+    def layouts(self) -> dict[str, Layout]:
+        return {"weight": Layout(None, 1, self.out_features, self.in_features)}
+
+    def float_shape(self, name: str) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def canonical(self, name: str, weight: Tensor) -> Tensor:
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .targets import Place, Target, check_not_compiled, places, plan
 
 _REPLACEMENT = "_moe_ops_replacement"
 _SHOWN = 10
-
+LISTENERS: list[Callable[[nn.Module], None]] = []  # called with a model whose modules were replaced
 
 @torch.no_grad()
 def quantize_(
@@ -59,8 +59,10 @@ def quantize_(
 
     lowering.register()
     remember_left(model, found.left)
-    for target in _with_progress(found.targets, progress):
-        _store(target, target.module.__dict__.get(_REPLACEMENT) or _quantized(target, backend, device))
+    try:
+        replace_(_with_progress(found.targets, progress), backend, device)
+    finally:
+        _tell(model)
     return model
 
 
@@ -78,10 +80,13 @@ def dequantize_(model: nn.Module) -> nn.Module:
         for p in mine
         if isinstance(p.module, QuantizedExperts) and p.module.original_class is None
     ])  # fmt: skip
-    while mine:
-        place = mine.pop(0)
-        m = place.module
-        _store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
+    try:
+        while mine:
+            place = mine.pop(0)
+            m = place.module
+            _store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
+    finally:
+        _tell(model)
     forget_left(model)
     return model
 
@@ -98,9 +103,20 @@ def skeleton_(
     found = plan(model, parse(format, ignore), strict, loaded=False)
     _raise(found.problems)
     remember_left(model, found.left)
-    for target in found.targets:
-        _store(target, _quantized(target, backend, None))
+    replace_(found.targets, backend)
+    _tell(model)
     return model
+
+
+def replace_(targets: Iterable[Target], backend: str | None = None, device: torch.device | str | None = None) -> None:
+    """Put a quantized module in the place of each target of a plan."""
+    for target in targets:
+        _store(target, target.module.__dict__.get(_REPLACEMENT) or _quantized(target, backend, device))
+
+
+def _tell(model: nn.Module) -> None:
+    for listener in LISTENERS:
+        listener(model)
 
 
 def _check_device(device: torch.device | str) -> None:

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .backends.base import FLOATS
-from .formats import FORMATS, Format, QuantizedTensor
+from .formats import FORMATS, Format, QuantizedTensor, empty_weight
 
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("scale", "global_scale", "zero_point", "input_scale")
+
+
+class Layout(NamedTuple):
+    """What a quantized weight is made of: `experts` (None for a Linear) times `shards` matrices (n, k)."""
+
+    experts: int | None
+    shards: int
+    n: int
+    k: int
 
 
 class _Codes(NamedTuple):
@@ -44,6 +53,18 @@ class QuantizedModule(nn.Module):
         """Parameters that hold codes."""
         raise NotImplementedError
 
+    def layouts(self) -> dict[str, Layout]:
+        """By the name of each quantized weight."""
+        raise NotImplementedError
+
+    def float_shape(self, name: str) -> torch.Size:
+        """Shape of a weight in the float model."""
+        raise NotImplementedError
+
+    def canonical(self, name: str, weight: Tensor) -> Tensor:
+        """One expert's weight, or a Linear's, as the float model holds it -> (S*N, K), gate rows first."""
+        raise NotImplementedError
+
     @property
     def quantization(self) -> Format:
         return FORMATS[self.format]
@@ -67,6 +88,33 @@ class QuantizedModule(nn.Module):
         for key, t in parts.items():
             self._parameters[key] = None if t is None else nn.Parameter(t, requires_grad=False)
         self._mark()
+
+    def as_stored(self, name: str) -> bool:
+        """The float model holds a weight as it is stored here, gate rows above up rows."""
+        probe = torch.empty(self.float_shape(name)[-2:], device="meta")
+        return self.canonical(name, probe) is probe
+
+    def code_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the stored codes."""
+        x = self.layouts()[name]
+        lead = () if x.experts is None else (x.experts,)
+        return *lead, x.shards * x.n, self.quantization.weight.stored(x.k)
+
+    def empty_weight(self, name: str, device: torch.device | str | None) -> None:
+        """Uninitialised storage for a weight on the device; None takes the storage away."""
+        if device is None:
+            for part in ("", *(f"_{p}" for p in PARTS)):
+                self._parameters[f"{name}{part}"] = None
+            return
+        (experts, shards, n, k), codec = self.layouts()[name], self.quantization.weight
+        if experts is not None:
+            self._put(name, empty_weight(codec, experts, n, k, shards, dtype=self.float_dtype, device=device))
+            return
+        one = codec.quantize(torch.empty(n, k, dtype=self.float_dtype, device="meta"))
+        parts = (one.qdata, one.scale, one.zero_point, one.global_scale)
+        made = [None if t is None else torch.empty_like(t, device=device) for t in parts]
+        assert made[0] is not None
+        self._put(name, QuantizedTensor(made[0], made[1], made[2], made[3], codec))
 
     def _get(self, name: str) -> QuantizedTensor:
         """The weight as the codec takes it."""

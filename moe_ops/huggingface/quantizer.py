@@ -1,0 +1,258 @@
+"""The quantizer that transformers calls from from_pretrained, save_pretrained, Trainer and generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from ..backends.base import FLOATS
+from ..experts import QuantizedExperts, canonical_biases_
+from ..formats import FORMATS
+from ..quantize import dequantize_, replace_
+from ..rules import Rules, parse
+from ..storage import QuantizedModule
+from ..streaming import Stream, streams
+from ..summary import remember_left
+from ..targets import Plan, Target, plan
+from . import disk, sources
+from .attach import keep_names
+from .config import MoeOpsConfig
+
+_SHOWN = 10
+
+
+class MoeOpsQuantizer(HfQuantizer):
+    """Streams float checkpoints into quantized modules, and loads and saves quantized ones as they are.
+
+    `pre_quantized` says which. In between, `_streams` maps names of float parameters to what quantizes them.
+    """
+
+    requires_calibration = False
+    quantization_config: MoeOpsConfig
+
+    def __init__(self, quantization_config: MoeOpsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.problems: list[str] = []
+        self._streams: dict[str, tuple[Stream, str]] = {}
+        self._expected: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {}
+        self._sizes: dict[str, float] = {}
+        self._late: list[Target] = []
+        self._float_experts: list[str] = []
+        self._files: list[str] = []
+        self._model: Any = None
+
+    # Before loading
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called with the device map as given, and again as it was worked out."""
+        if not isinstance(device_map, dict):
+            return
+        places = {str(d) for d in device_map.values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"quantized modules cannot be offloaded, and this device map puts modules on {', '.join(sorted(places))}:"
+                " give one without disk, and with cpu for all or for none"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """A model that is quantized everywhere says the type of its codes; anything else is the user's choice."""
+        saved = self.quantization_config.dtype
+        if dtype not in FLOATS and self.pre_quantized and saved is not None and dtype.itemsize == 1:
+            return getattr(torch, saved)
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype={dtype}: ops compute in {', '.join(map(str, FLOATS))}")
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None or getattr(model, "_tp_size", None):
+            raise ValueError("a model is quantized on load before it is distributed: load it without a parallel plan")
+        files = list(checkpoint_files or ())
+        self._files = files if all(str(f).endswith(".safetensors") for f in files) else []
+        found = self._plan(model)
+        _raise(found.problems)
+        remember_left(model, found.left)
+        self._model, self._float_experts = model, [row.name for row in found.left if row.kind == "experts"]
+        self._late = [t for t in found.targets if not _owns_its_weights(t)]
+        replace_([t for t in found.targets if _owns_its_weights(t)], self.quantization_config.backend)
+        for name, m in streams(model):
+            self._open(name, m)
+
+    def _plan(self, model: nn.Module) -> Plan:
+        """By the rules as they were given, or by what a checkpoint says of each module."""
+        c = self.quantization_config
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # gates are recognised by evaluating them
+        try:
+            with torch.device("cpu"):
+                if not self.pre_quantized:
+                    return _without_ties(model, plan(model, parse(c.format, c.ignore), c.strict, loaded=False))
+                return _as_saved(model, c)
+        finally:
+            torch.set_default_dtype(dtype)
+
+    def _open(self, name: str, m: QuantizedModule) -> None:
+        if self.pre_quantized:
+            for weight in m.weight_names():
+                shape = self.quantization_config.input_scales.get(f"{name}.{weight}_input_scale")
+                if shape is not None:
+                    scale = torch.empty(shape, dtype=torch.float32, device="meta")
+                    m._parameters[f"{weight}_input_scale"] = nn.Parameter(scale, requires_grad=False)
+            disk.open_(m)
+            self._expected[name] = disk.expected(m)
+            return
+        stored = m.bytes_stored()
+        stream = Stream(m, name)
+        stream.open()
+        numel = sum(m.float_shape(weight).numel() for weight in m.weight_names())
+        for weight in m.weight_names():
+            self._streams[stream.label(weight)] = (stream, weight)
+            self._sizes[stream.label(weight)] = stored / numel
+
+    # While loading
+
+    def target(self, name: str) -> tuple[Stream, str] | None:
+        """What quantizes the float parameter of this name."""
+        return self._streams.get(name)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._streams
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of codes and scales for each number, for device maps and the warm-up of the allocator."""
+        return self._sizes.get(param_name, param.element_size())
+
+    def get_quantize_ops(self) -> Any:
+        from .conversion import QuantizeTensor
+
+        return QuantizeTensor(self)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        return dtype
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
+        """Ours, and what the checkpoint holds is checked against them before anything is read."""
+        from .conversion import streaming
+
+        conversions = [] if self.pre_quantized else streaming(weight_conversions)
+        model, self._model = self._model, None
+        if self._files and model is not None:
+            _raise(self._check(model, sources.headers(self._files), conversions))
+        return conversions
+
+    def _check(self, model: Any, stored: dict[str, sources.Stored], conversions: list) -> list[str]:
+        found = sources.trace(model, stored, conversions)
+        if self.pre_quantized:
+            modules, names = dict(streams(model)), {}
+            for name, parameters in self._expected.items():
+                names |= {f"{name}.{key}": want for key, want in parameters.items()}
+            exact = [f"{name}.{key}" for name, m in modules.items() for key in m._parameters if disk.is_code(m, key)]
+            return sources.check_codes(found, stored, names, exact)
+        experts_of = {name: s.module.layouts()[weight].experts for name, (s, weight) in self._streams.items()}
+        inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
+        state = [key for key in model.state_dict() if key.startswith(tuple(f"{name}." for name in inside))]
+        return sources.check_floats(found, stored, experts_of, [key for key in state if key not in experts_of])
+
+    # After loading
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _raise(self.problems)
+        _raise([text for name, m in streams(model) for text in self._finish(name, m)])
+        self._streams, self._expected, self._sizes = {}, {}, {}
+        late, self._late = self._late, []
+        replace_(late, self.quantization_config.backend)
+        from .. import lowering
+
+        lowering.register()
+        self.quantization_config.refresh(model)
+        model.quantization_config = self.quantization_config
+        keep_names(model)
+        return model
+
+    def _finish(self, name: str, m: QuantizedModule) -> list[str]:
+        """What a module lacks once everything has been read."""
+        if self.pre_quantized:
+            return disk.close_(m, name, self._expected[name])
+        try:
+            stream, _ = self._streams[f"{name}.{m.weight_names()[0]}"]
+            stream.finish()
+        except ValueError as e:
+            return [str(e)]
+        rest = {key: p for key, p in m._parameters.items() if p is not None and not disk.is_code(m, key)}
+        if isinstance(m, QuantizedExperts):
+            canonical_biases_(m)
+        return [f"{name}.{key}: the checkpoint lacks it" for key, p in rest.items() if not disk.loaded(p)]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        self.quantization_config.refresh(model)
+        return disk.state(model), {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return dequantize_(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top of it are."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n".join(["this checkpoint cannot be loaded quantized:", *problems[:_SHOWN], *more]))
+
+
+def _owns_its_weights(target: Target) -> bool:
+    """Not experts whose weights are spread over modules of their own: those are quantized after they were loaded."""
+    return target.spec is None or all(name in target.module._parameters for name, *_ in target.spec.matrices)
+
+
+def _leave(found: Plan, reasons: dict[str, str]) -> Plan:
+    for target in list(found.targets):
+        note = next((reasons[name] for name in target.names if name in reasons), None)
+        if note is not None:
+            found.targets.remove(target)
+            found.leave(target, "linear" if target.spec is None else "experts", note)
+    return found
+
+
+def _without_ties(model: Any, found: Plan) -> Plan:
+    """Leave in float what shares its weight with another parameter, and what the model keeps in fp32."""
+    pairs = [pair for one, other in model.all_tied_weights_keys.items() for pair in ((one, other), (other, one))]
+    reasons = {one.rpartition(".")[0]: f"tied to {other}" for one, other in pairs}
+    return _leave(found, reasons)
+
+
+def _as_saved(model: Any, config: MoeOpsConfig) -> Plan:
+    """The modules of a checkpoint of ours, in the formats that it has them in."""
+    if not config.modules:
+        raise ValueError("config.json says quant_method moe_ops, and of no module how it is stored")
+    have, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+    wanted: dict[str, Any] = {}
+    for name, stored in config.modules.items():
+        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in have]
+        if not known:
+            raise ValueError(f"the checkpoint has {name} in {stored}, this {type(model).__name__} has no such module")
+        wanted[known[0]] = FORMATS[stored]
+    found = plan(model, Rules(wanted, {}, {}, ()), strict=True, loaded=False)
+    built = {name for target in found.targets for name in target.names}
+    notes = {row.name: row.note for row in found.left}
+    found.problems += [
+        f"{name} is stored in {stored.name}, and cannot be built so: {notes.get(name, 'it is no Linear or experts')}"
+        for name, stored in wanted.items()
+        if name not in built
+    ]
+    return found

@@ -1,0 +1,169 @@
+"""What checkpoint files hold, and whether a model can be loaded from it: known before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its type, as safetensors spells it, and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Sources(NamedTuple):
+    """Where a parameter comes from: keys of the checkpoint by the pattern of the converter that takes them, if any."""
+
+    converter: Any
+    keys: dict[str, list[str]]
+
+
+def headers(files: Iterable[str | Path]) -> dict[str, Stored]:
+    """Every tensor of the files. Raises ValueError for a file that is cut off or no safetensors file."""
+    found = {}
+    for file in map(str, files):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118 - no mapping
+                    part = f.get_slice(key)
+                    found[key] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{file} cannot be read{_cut_off(file)}: {e}") from None
+    return found
+
+
+def _cut_off(file: str) -> str:
+    """The first tensor that lies behind the end of the file, for a message."""
+    try:
+        with open(file, "rb") as f:
+            start = f.read(8)
+            length = int.from_bytes(start, "little")
+            entries = json.loads(f.read(length))
+        held = Path(file).stat().st_size - 8 - length
+        behind = [(e["data_offsets"][1], key) for key, e in entries.items() if key != "__metadata__"]
+        lost = [key for end, key in sorted(behind) if end > held]
+        return f", {lost[0]} and {len(lost) - 1} more tensors are cut off" if lost else ""
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return ""
+
+
+def trace(model: Any, keys: Iterable[str], conversions: list) -> dict[str, Sources]:
+    """Which parameter each key is loaded into, by transformers' own rules; keys that lead nowhere are left out."""
+    conversions = deepcopy(conversions)  # they remember what they have matched
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Sources] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name in state:
+            converter = None if pattern is None else by_pattern[pattern]
+            source = found.setdefault(name, Sources(converter, defaultdict(list)))
+            source.keys[pattern or key].append(key)
+            for other in () if converter is None else converter.target_patterns[1:]:
+                found.setdefault(name.replace(converter.target_patterns[0], other), source)
+    return found
+
+
+def check_floats(
+    found: Mapping[str, Sources], stored: Mapping[str, Stored], experts_of: Mapping[str, int | None],
+    needed: Iterable[str],
+) -> list[str]:  # fmt: skip
+    """Why a float checkpoint cannot be quantized: weights and experts that are not there, codes of another tool.
+
+    experts_of: the number of experts of each weight that will be quantized; needed: other parameters that must be there.
+    """
+    problems = [f"{name}: the checkpoint lacks it" for name in (*experts_of, *needed) if name not in found]
+    for name, experts in experts_of.items():
+        if name not in found:
+            continue
+        converter, keys = found[name]
+        codes = [key for many in keys.values() for key in many if stored[key].dtype not in _FLOATS]
+        if codes:
+            problems.append(f"{codes[0]} is {stored[codes[0]].dtype}: codes of another tool, only float is quantized")
+        if converter is None or len(converter.target_patterns) > 1:
+            continue
+        lost = [p for p in converter.source_patterns if p not in keys]
+        problems += [f"{name}: the checkpoint has no {p} for it" for p in lost]
+        for pattern, many in keys.items():
+            if experts is not None and len(many) not in (1, experts) or (experts != 1 and _differ(keys)):
+                problems += _absent(name, pattern, many, experts)
+    return problems
+
+
+def _differ(keys: Mapping[str, list[str]]) -> bool:
+    return len({len(many) for many in keys.values()}) > 1
+
+
+def _absent(name: str, pattern: str, keys: list[str], experts: int | None) -> list[str]:
+    """The experts whose key is not there. The number that differs between the keys is the expert's."""
+    numbers = [re.findall(r"\d+", key) for key in keys]
+    varying = [i for i in range(len(numbers[0])) if len({n[i] for n in numbers if len(n) > i}) > 1]
+    if experts is None or len(keys) == experts:
+        return []
+    if len(varying) != 1:
+        return [f"{name}: the checkpoint has {len(keys)} tensors {pattern}, the model has {experts} experts"]
+    there = {int(n[varying[0]]) for n in numbers}
+    at = [m.span() for m in re.finditer(r"\d+", keys[0])][varying[0]]
+    lost = [f"{keys[0][: at[0]]}{e}{keys[0][at[1] :]}" for e in range(experts) if e not in there]
+    more = [key for key, n in zip(keys, numbers, strict=True) if int(n[varying[0]]) >= experts]
+    return [f"{key}: the checkpoint lacks it" for key in lost] + [f"{key}: no such expert in the model" for key in more]
+
+
+def check_codes(
+    found: Mapping[str, Sources], stored: Mapping[str, Stored], expected: Mapping[str, tuple[torch.dtype, torch.Size]],
+    exact: Iterable[str],
+) -> list[str]:  # fmt: skip
+    """Why a checkpoint of ours cannot be loaded. `exact` names what must have the type that is expected, too."""
+    problems, exact = [], set(exact)
+    for name, (dtype, shape) in expected.items():
+        keys = [key for many in found[name].keys.values() for key in many] if name in found else []
+        if not keys:
+            problems.append(f"{name}: the checkpoint lacks it")
+            continue
+        have = stored[keys[0]]
+        if have.shape != tuple(shape) or (name in exact and have.dtype != spelling(dtype)):
+            want = f"{spelling(dtype)} {tuple(shape)}"
+            problems.append(f"{keys[0]} must be {want}, the checkpoint has {have.dtype} {have.shape}")
+    return problems
+
+
+def spelling(dtype: torch.dtype) -> str:
+    """A type as safetensors spells it."""
+    return _SPELLED[dtype]
+
+
+_SPELLED = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
+    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
+
+
+class Reader:
+    """A tensor of a file, read when it is called."""
+
+    def __init__(self, stored: Stored, key: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        self.stored, self.key, self.device, self.dtype = stored, key, device, dtype
+
+    def __call__(self) -> Tensor:
+        with safe_open(self.stored.file, framework="pt") as f:
+            return f.get_tensor(self.key).to(device=self.device, dtype=self.dtype)

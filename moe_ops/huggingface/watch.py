@@ -1,0 +1,62 @@
+"""Calls a function after a module was imported: now if it is there, else when somebody imports it (or reloads it)."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+_MARK = "_moe_ops_watch"
+
+
+class _Then(importlib.abc.Loader):
+    """Another loader, and a call once the module has run."""
+
+    def __init__(self, loader: Any, call: Callable[[], None]) -> None:
+        self._loader, self._call = loader, call
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader  # what inspect and pkgutil look at
+        self._loader.exec_module(module)
+        self._call()
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Finds the watched modules by asking the other finders."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Callable[[], None]] = {}
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        call = self.calls.get(fullname)
+        if call is None:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None and finder is not self else None
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Then(spec.loader, call)
+                return spec
+        return None
+
+
+setattr(_Watch, _MARK, True)
+
+
+def after_import(name: str, call: Callable[[], None]) -> None:
+    """Call once for every time that the module `name` is executed from now on, and now if it was already."""
+    watch = next((f for f in sys.meta_path if getattr(f, _MARK, False)), None)
+    if watch is None:
+        watch = _Watch()
+        sys.meta_path.insert(0, watch)
+    watch.calls[name] = call  # type: ignore[attr-defined]
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if spec is not None and not getattr(spec, "_initializing", False):
+        call()
