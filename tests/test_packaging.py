@@ -24,7 +24,9 @@ LAYERS = (
     ("ops",),
     ("adapters", "storage", "experts", "linear"),
     ("rules", "targets", "summary", "quantize"),
+    ("tensor_files", "streaming"),
     ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),
+    ("convert", "export", "inspection", "__main__"),
     ("lowering",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
