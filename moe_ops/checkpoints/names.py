@@ -32,6 +32,7 @@ _ONE_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)\
 _NEVER_LOADED = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
 
 Split = Callable[[str], tuple[str, str]]
+Place = tuple[str, "int | None", "int | None", "Conversion | None", bool]  # of a Source: parameter, expert, ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Source:
 
     `expert` None: the stack of all experts, or no experts at all. `shard`: 0 gate, 1 up, None for all rows. `part`: the
     parameter itself (""), or what a codec stores beside it ("scale", ...). `conversion`: what else has to be done.
+    `unfused`: the matrix of one expert's Linear (out, in), whatever the layout in memory; others come in that layout.
     """
 
     key: str
@@ -57,6 +59,7 @@ class Source:
     shard: int | None = None
     part: str = ""
     conversion: Conversion | None = None
+    unfused: bool = False
 
     @property
     def place(self) -> str:
@@ -84,8 +87,9 @@ def sources(model: nn.Module, keys: Iterable[str], split: Split = whole) -> dict
     for key in sorted(keys, key=_natural):
         float_key, part = split(key)
         located = names.locate(float_key)
-        for parameter, expert, shard, conversion in located:
-            found.setdefault(parameter, []).append(Source(key, parameter, expert, shard, part, conversion))
+        for parameter, expert, shard, conversion, unfused in located:
+            source = Source(key, parameter, expert, shard, part, conversion, unfused)
+            found.setdefault(parameter, []).append(source)
         if not located and not names.ignores(float_key):
             unexpected.append(key)
     problems = _listed("nothing in the model takes", unexpected)
@@ -134,15 +138,15 @@ class Names:
         self._unexpected = [re.compile(p) for p in (*ignored, _NEVER_LOADED)]
         self._absent = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
 
-    def locate(self, key: str) -> list[tuple[str, int | None, int | None, Conversion | None]]:
-        """Every place (parameter, expert, shard, conversion) that a float checkpoint's key has; [] for none."""
+    def locate(self, key: str) -> list[Place]:
+        """Every place that a float checkpoint's key has; [] for none."""
         renamed, pattern = self._rename(key, self._converters)
         if renamed in self.memory:
-            return [(renamed, None, None, None)] if pattern is None else self._converted(key, renamed, pattern)
+            return [(renamed, None, None, None, False)] if pattern is None else self._converted(key, renamed, pattern)
         if key in self.memory:
-            return [(key, None, None, None)]
+            return [(key, None, None, None, False)]
         plain = self._rename(key, [])[0]
-        return [(plain, None, None, None)] if plain in self.memory else self._one_expert(plain)
+        return [(plain, None, None, None, False)] if plain in self.memory else self._one_expert(plain)
 
     def ignores(self, key: str) -> bool:
         return any(p.search(key) for p in self._unexpected)
@@ -159,27 +163,25 @@ class Names:
 
         return rename_source_key(key, self._renamings, converters, self._prefix or None, self.memory)
 
-    def _converted(
-        self, key: str, renamed: str, pattern: str
-    ) -> list[tuple[str, int | None, int | None, Conversion | None]]:
+    def _converted(self, key: str, renamed: str, pattern: str) -> list[Place]:
         converter = next(c for c in reversed(self._converters) if pattern in c.source_patterns)
         operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
         shard = converter.source_patterns.index(pattern) if len(converter.source_patterns) > 1 else None
         stacks, joins = ("MergeModulelist", 0) in operations, ("Concatenate", 1) in operations
         if stacks + joins == len(operations) and joins == (shard is not None) and self.memory[renamed].ndim == 3:
             expert = _expert(pattern, self._rename(key, [])[0]) if stacks else None
-            return [(renamed, expert, shard, None)]
+            return [(renamed, expert, shard, None, False)]
         names = [renamed.replace(converter.target_patterns[0], target, 1) for target in converter.target_patterns]
-        return [(n, None, None, Conversion(converter, pattern, renamed)) for n in names if n in self.memory]
+        return [(n, None, None, Conversion(converter, pattern, renamed), False) for n in names if n in self.memory]
 
-    def _one_expert(self, key: str) -> list[tuple[str, int | None, int | None, Conversion | None]]:
+    def _one_expert(self, key: str) -> list[Place]:
         """By structure, for producers that unfuse experts which the model's own checkpoints hold fused."""
         m = _ONE_EXPERT.fullmatch(key)
         for name, shard in _PROJECTIONS.get(m["projection"], ()) if m else ():
             assert m is not None
             parameter = f"{m['module']}.{name}{_LEAVES.get(m['leaf'], '?')}"
             if parameter in self.memory:
-                return [(parameter, int(m["expert"]), shard, None)]
+                return [(parameter, int(m["expert"]), shard, None, True)]
         return []
 
 
