@@ -52,16 +52,15 @@ class Stream:
         if weight in self._storage:
             return
         codes = m._parameters[weight]
-        want = FORMATS[m.format].weight.element.storage or m.float_dtype
-        kept = codes is not None and codes.device == device and codes.dtype == want and not codes.is_meta
-        kept = kept and tuple(codes.shape) == m.code_shape(weight)
-        if not kept:
+        want = (m.code_shape(weight), FORMATS[m.format].weight.element.storage or m.float_dtype, device)
+        # A placeholder is on meta: it is never kept, whatever its shape and dtype.
+        if codes is None or codes.is_meta or (tuple(codes.shape), codes.dtype, codes.device) != want:
             m.empty_weight(weight, device)
         q = m._get(weight)
         self._storage[weight] = q if layout.experts is not None else _with_experts(q)
 
     def write(self, weight: str, expert: int, shard: int, matrix: Tensor) -> None:
-        """Quantize and store one matrix (N, K), gate first. Raises ValueError, naming it, for what is no such weight."""
+        """Quantize and store one matrix (N, K), gate first. Raises ValueError, naming it, for anything else."""
         layout, label = self._layouts[weight], self.label(weight, expert, shard)
         if tuple(matrix.shape) != (layout.n, layout.k):
             raise ValueError(f"{label} must be {(layout.n, layout.k)}, got {tuple(matrix.shape)}")

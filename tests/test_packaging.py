@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("backends",),
     ("ops",),
-    ("adapters", "storage", "experts", "linear"),
+    ("adapters", "storage", "experts", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
     ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),

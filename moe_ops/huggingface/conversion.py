@@ -77,9 +77,7 @@ class StreamingConverter(WeightConverter):
 
     def _convert_whole(self, context: dict, quantizer: Any, loading_info: Any) -> dict:
         """As transformers does it, whole layers at a time, for steps with several targets; then quantize."""
-        operation, self.quantization_operation = self.quantization_operation, None
         done = super().convert(context["full_layer_name"], context["model"], context["config"], None, loading_info)
-        self.quantization_operation = operation
         if quantizer is None:
             return done
         return QuantizeTensor(quantizer).convert(done, missing_keys=context["missing_keys"])

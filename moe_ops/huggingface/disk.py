@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..storage import PARTS, QuantizedModule
-from ..streaming import streams
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +37,7 @@ def close_(m: QuantizedModule, name: str, want: dict[str, tuple[torch.dtype, tor
     wrong = []
     for key, (dtype, shape) in want.items():
         p, full = m._parameters.get(key), f"{name}.{key}" if name else key
-        if not loaded(p):
+        if p is None or not loaded(p):
             wrong.append(f"{full} is missing")
         elif p.shape != shape or (is_code(m, key) and p.dtype != dtype):
             wrong.append(f"{full} must be {dtype} {tuple(shape)}, got {p.dtype} {tuple(p.shape)}")
@@ -54,9 +53,9 @@ def expected(m: QuantizedModule) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {key: (p.dtype, p.shape) for key, p in m._parameters.items() if p is not None}
 
 
-def loaded(p: Tensor | None) -> bool:
+def loaded(p: Tensor) -> bool:
     """transformers marks what it read; what it did not find it allocates, and would initialise."""
-    return p is not None and not p.is_meta and getattr(p, "_is_hf_initialized", False)
+    return not p.is_meta and getattr(p, "_is_hf_initialized", False)
 
 
 def is_code(m: QuantizedModule, key: str) -> bool:

@@ -74,9 +74,9 @@ def _say_once(kind: str) -> None:
 @functools.cache
 def _warn(kind: str) -> None:
     warnings.warn(
-        f"experts implementation {NAME!r}: {kind} needs gradients that its kernels do not have (of the weights, or through"
-        f" transposed ones), so {_TRAINS!r} runs while gradients are recorded. For our kernels use torch.no_grad() or"
-        " requires_grad_(False) on the experts",
+        f"experts implementation {NAME!r}: {kind} needs gradients that its kernels do not have (of the weights, or"
+        f" through transposed ones), so {_TRAINS!r} runs while gradients are recorded. For our kernels use"
+        " torch.no_grad(), or requires_grad_(False) on the experts",
         stacklevel=3,
     )
 

@@ -53,8 +53,8 @@ class MoeOpsQuantizer(HfQuantizer):
         places = {str(d) for d in device_map.values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
-                f"quantized modules cannot be offloaded, and this device map puts modules on {', '.join(sorted(places))}:"
-                " give one without disk, and with cpu for all or for none"
+                f"quantized modules cannot be offloaded, and this device map puts modules on"
+                f" {', '.join(sorted(places))}: give one without disk, and with cpu for all or for none"
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +145,8 @@ class MoeOpsQuantizer(HfQuantizer):
     def _check(self, model: Any, stored: dict[str, sources.Stored], conversions: list) -> list[str]:
         found = sources.trace(model, stored, conversions)
         if self.pre_quantized:
-            modules, names = dict(streams(model)), {}
+            modules = dict(streams(model))
+            names: dict[str, tuple[torch.dtype, torch.Size]] = {}
             for name, parameters in self._expected.items():
                 names |= {f"{name}.{key}": want for key, want in parameters.items()}
             exact = [f"{name}.{key}" for name, m in modules.items() for key in m._parameters if disk.is_code(m, key)]

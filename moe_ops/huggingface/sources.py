@@ -62,9 +62,9 @@ def _cut_off(file: str) -> str:
         return ""
 
 
-def trace(model: Any, keys: Iterable[str], conversions: list) -> dict[str, Sources]:
+def trace(model: Any, keys: Iterable[str], given: list) -> dict[str, Sources]:
     """Which parameter each key is loaded into, by transformers' own rules; keys that lead nowhere are left out."""
-    conversions = deepcopy(conversions)  # they remember what they have matched
+    conversions: list[Any] = deepcopy(given)  # they remember what they have matched
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -75,7 +75,7 @@ def trace(model: Any, keys: Iterable[str], conversions: list) -> dict[str, Sourc
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name in state:
-            converter = None if pattern is None else by_pattern[pattern]
+            converter: Any = None if pattern is None else by_pattern[pattern]
             source = found.setdefault(name, Sources(converter, defaultdict(list)))
             source.keys[pattern or key].append(key)
             for other in () if converter is None else converter.target_patterns[1:]:
@@ -89,7 +89,7 @@ def check_floats(
 ) -> list[str]:  # fmt: skip
     """Why a float checkpoint cannot be quantized: weights and experts that are not there, codes of another tool.
 
-    experts_of: the number of experts of each weight that will be quantized; needed: other parameters that must be there.
+    experts_of: the number of experts of each weight that will be quantized; needed: others that must be there.
     """
     problems = [f"{name}: the checkpoint lacks it" for name in (*experts_of, *needed) if name not in found]
     for name, experts in experts_of.items():
@@ -104,7 +104,7 @@ def check_floats(
         lost = [p for p in converter.source_patterns if p not in keys]
         problems += [f"{name}: the checkpoint has no {p} for it" for p in lost]
         for pattern, many in keys.items():
-            if experts is not None and len(many) not in (1, experts) or (experts != 1 and _differ(keys)):
+            if (experts is not None and len(many) not in (1, experts)) or (experts != 1 and _differ(keys)):
                 problems += _absent(name, pattern, many, experts)
     return problems
 

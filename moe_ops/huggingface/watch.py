@@ -52,11 +52,11 @@ setattr(_Watch, _MARK, True)
 
 def after_import(name: str, call: Callable[[], None]) -> None:
     """Call once for every time that the module `name` is executed from now on, and now if it was already."""
-    watch = next((f for f in sys.meta_path if getattr(f, _MARK, False)), None)
-    if watch is None:
+    watch: Any = next((f for f in sys.meta_path if getattr(f, _MARK, False)), None)
+    if watch is None:  # else of an earlier import of this module, by its mark: the class is another one
         watch = _Watch()
         sys.meta_path.insert(0, watch)
-    watch.calls[name] = call  # type: ignore[attr-defined]
+    watch.calls[name] = call
     spec = getattr(sys.modules.get(name), "__spec__", None)
     if spec is not None and not getattr(spec, "_initializing", False):
         call()
