@@ -1,5 +1,32 @@
 """Quantized Mixture-of-Experts for plain PyTorch: `moe_ops.quantize_(model, "fp8")`, then `torch.compile(model)`."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import huggingface as _huggingface
+from . import ops as _ops  # registers torch.ops.moe_ops.*
+from .backends import use_backend
+from .experts import QuantizedExperts
+from .formats import FORMATS, Codec, Element, Format
+from .linear import QuantizedLinear
+from .quantize import LISTENERS as _LISTENERS
+from .quantize import dequantize_, quantize_
+from .summary import Summary, summary
+
+if TYPE_CHECKING:
+    from .checkpoints.load import load_quantized
+    from .huggingface import MoeOpsConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "FORMATS", "Codec", "Element", "Format", "MoeOpsConfig", "QuantizedExperts", "QuantizedLinear", "Summary",
+    "dequantize_", "load_quantized", "quantize_", "summary", "use_backend",
+]  # fmt: skip
+_LISTENERS[:] = [_huggingface.attach]
+_huggingface.install()
+del _ops
+
+
 _LAZY = {"load_quantized": ".checkpoints.load"}  # name -> the module that has it, imported when it is asked for
 
 

@@ -47,10 +47,10 @@ def convert(
     format, ignore, strict: as for `quantize_`. max_shard_size: as for save_pretrained. trust_remote_code: run the
     model's own code from the folder. progress: show a bar (needs tqdm); by default on a terminal.
 
-    Everything is checked before anything is written. Interrupted, by whatever, a call with the same arguments goes on:
-    shards that are whole are verified and kept. Raises ValueError, naming what is wrong: a checkpoint that is damaged,
-    does not fit its model or is quantized already, what `quantize_` refuses, a `target` that holds something else or was
-    begun with other options, a disk without room.
+    All but the values of weights is checked before anything is written. Interrupted, by whatever, a call with the same
+    arguments goes on: shards that are whole are verified and kept. Raises ValueError, naming what is wrong: a
+    checkpoint that is damaged, does not fit its model or is quantized already, what `quantize_` refuses, a `target`
+    that holds something else or was begun with other options, a disk without room.
     """
     source, target = Path(source), Path(target)
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)

@@ -50,7 +50,7 @@ class TensorFile:
         assert (t.dtype, tuple(t.shape)) == (dtype, shape), f"{name}: {t.dtype} {tuple(t.shape)} for {dtype} {shape}"
         self._file.seek(self._data + start)
         data = t.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-        self._file.write(memoryview(data.numpy()))
+        self._file.write(data.numpy().data)
         self.missing.discard(name)
 
     def finish(self) -> None:
