@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
+from .checkpoints.kv import ATTRIBUTE
 from .formats.fp8 import E4M3
 
 _SCALE_BYTES = 4  # of a scale in fp32, behind the codes that it belongs to
-_SCALES = "moe_ops_kv_scales"  # where readers of checkpoints put them
 _UPDATES = [
     getattr(cache_utils, name).update
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
@@ -36,7 +36,7 @@ def kv_scales(model: nn.Module) -> dict[str, tuple[float, float]]:
     """
     found = {}
     names = {name for name, _ in model.named_modules()}
-    for name, pair in getattr(model, _SCALES, {}).items():
+    for name, pair in (getattr(model, ATTRIBUTE, None) or {}).items():
         if name not in names:
             raise ValueError(f"the model has KV scales for {name!r}, which is none of its modules")
         found[name] = _checked(name, pair)
