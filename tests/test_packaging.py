@@ -26,7 +26,7 @@ LAYERS = (
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
     ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),
-    ("convert", "export", "inspection", "__main__"),
+    ("convert", "export_words", "export", "inspection", "__main__"),
     ("lowering",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
