@@ -91,8 +91,8 @@ def _groups(mine: dict[str, QuantizedModule]) -> dict[Group, Spelled]:
         known = ", ".join(name for name, f in FORMATS.items() if spell(f))
         static = ", ".join(name for name, f in FORMATS.items() if not spell(f) and spell(f, static=True))
         raise ValueError(
-            f"compressed-tensors has no words for {' and '.join(lost)}. It has for {known}; with static input scales also"
-            f" for {static}"
+            f"compressed-tensors has no words for {' and '.join(lost)}. It has for {known}; with static input scales"
+            f" also for {static}"
         )
     return {group: spelled for group, spelled in found.items() if spelled is not None}
 

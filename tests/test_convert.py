@@ -196,10 +196,10 @@ def test_other_options_are_refused(folders, tmp_path):
     interrupted(source, target)
     with pytest.raises(ValueError, match=r"begun with other options \(format 'fp8', now 'int8'\)"):
         convert(source, target, "int8", max_shard_size=SHARD)
-    with pytest.raises(ValueError, match="begun with other options .*ignore"):
+    with pytest.raises(ValueError, match=r"begun with other options .*ignore"):
         convert(source, target, "fp8", ignore="*.layers.0.*", max_shard_size=SHARD)
     os.utime(next(source.glob("*.safetensors")))
-    with pytest.raises(ValueError, match="begun with other options .*source"):
+    with pytest.raises(ValueError, match=r"begun with other options .*source"):
         convert(source, target, "fp8", max_shard_size=SHARD)
     (target / tensor_files.JOURNAL).write_text("{")
     with pytest.raises(ValueError, match="is damaged: delete"):
@@ -244,8 +244,9 @@ def edited(source, folder, change):
 
 
 EDITS = {
-    "model.layers.1.mlp.experts.2.up_proj.weight": (lambda t: t.pop("model.layers.1.mlp.experts.2.up_proj.weight"), "no tensor"),
-    "model.norm.weight": (lambda t: t.pop("model.norm.weight"), "no tensor"),
+    name: (lambda t, name=name: t.pop(name), "no tensor")
+    for name in ("model.layers.1.mlp.experts.2.up_proj.weight", "model.norm.weight")
+} | {
     "model.layers.0.mystery": (lambda t: t.update({"model.layers.0.mystery": torch.zeros(2)}), "nothing in the model"),
 }  # fmt: skip
 
