@@ -10,7 +10,7 @@ from .finegrained import FineGrained
 from .modelopt import ModelOpt
 from .openai import OpenAI
 from .quark import Quark
-from .reader import Part, Reader, Scheme, settings
+from .reader import Part, Reader, Scheme, readable, settings
 
 READERS: list[type[Reader]] = [OpenAI, Quark, FineGrained, CompressedTensors, ModelOpt]
 
@@ -20,11 +20,12 @@ def find_reader(config: Mapping[str, Any], side: Callable[[str], Mapping[str, An
 
     Raises ValueError for a float checkpoint, an unknown producer, and settings that its reader does not know.
     """
-    for reader in READERS:
-        found = reader.find(config, side)
-        if found is not None:
-            return reader(found)
-    given = settings(config)
+    with readable("config.json"):
+        for reader in READERS:
+            found = reader.find(config, side)
+            if found is not None:
+                return reader(found)
+        given = settings(config)
     known = ", ".join(reader.name for reader in READERS)
     if given is None:
         raise ValueError(

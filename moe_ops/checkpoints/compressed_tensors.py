@@ -33,6 +33,7 @@ _FORMATS = (
     "float-quantized", "naive-quantized", "int-quantized", "pack-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision",
 )  # fmt: skip
+_CACHE = (("float", 8, "tensor", None), False)
 _STATUS = ("compressed", "frozen", None)
 _ORDERS = (None, "weight", "static")  # of calibration only: nothing of it is in the file
 
@@ -63,6 +64,9 @@ class CompressedTensors(Reader):
             raise self.refuse("transform_config", config["transform_config"])
         if config.get("quantization_status") not in _STATUS:
             raise self.refuse("quantization_status", config["quantization_status"], _STATUS[:-1])
+        cache = config.get("kv_cache_scheme")
+        if cache and (self._key("kv_cache_scheme", "cache", cache), cache.get("dynamic", False)) != _CACHE:
+            raise self.refuse("kv_cache_scheme", cache)
         self._groups: list[tuple[Sequence[str], Scheme]] = []
         for name, group in (config.get("config_groups") or {}).items():
             self._groups.append((group.get("targets") or (), self._scheme(name, group)))

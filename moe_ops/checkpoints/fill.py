@@ -48,7 +48,8 @@ class Filler:
         if isinstance(owner, QuantizedExperts):
             spec = owner.spec
             shards = spec.shards if leaf == spec.up else 1
-            input_scale = self._quantized(new, tensors, scheme, shards, spec.interleaved)
+            turned = self.reader.transposes and spec.transposed
+            input_scale = self._quantized(new, tensors, scheme, shards, spec.interleaved, turned)
         else:
             input_scale = self._quantized(_one_expert(new), [replace(s, expert=0) for s in tensors], scheme, 1, False)
             input_scale = None if input_scale is None else input_scale[0]
@@ -56,9 +57,13 @@ class Filler:
         return None
 
     def _quantized(
-        self, q: QuantizedTensor, tensors: list[Source], scheme: Scheme, shards: int, interleaved: bool
-    ) -> Tensor | None:
-        """Every tensor to its place in `q`, of E experts; returns static scales of their activations (E,)."""
+        self, q: QuantizedTensor, tensors: list[Source], scheme: Scheme, shards: int, interleaved: bool,
+        turned: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        """Every tensor to its place in `q`, of E experts; returns static scales of their activations (E,).
+
+        turned: stacks of all experts are (E, K, N) on disk.
+        """
         whole = {CODES: q.qdata, SCALE: q.scale, GLOBAL_SCALE: q.global_scale}
         _check_complete(tensors, {part for part, t in whole.items() if t is not None}, scheme)
         block = q.codec.block or (0, 0)
@@ -75,6 +80,8 @@ class Filler:
             if s.part == INPUT_SCALE:
                 _largest(to, value, s)
                 continue
+            if turned and matrix and s.expert is None and value.ndim == 3:
+                value = value.transpose(-1, -2)
             if interleaved and shards > 1 and s.shard is None and matrix and s.part == SCALE and block[0] != 1:
                 raise ValueError(f"{s.key}: rows of gate and up alternate within the blocks of {scheme.format}")
             put(to, value, s, shards, interleaved, matrix)
@@ -109,8 +116,8 @@ class Filler:
         return value
 
     def _room(self, t: Tensor) -> Tensor:
-        """What to write into: the tensor itself, unless it is on meta."""
-        return torch.empty_like(t, device=self.device) if t.is_meta else t
+        """What to write into: the tensor itself, unless it is on meta, or nothing is to be written."""
+        return torch.empty_like(t, device=self.device) if t.is_meta or self.device.type == "meta" else t
 
     def _store(self, owner: QuantizedModule, leaf: str, q: QuantizedTensor, input_scale: Tensor | None) -> None:
         for name, t in ((leaf, q.qdata), (f"{leaf}_scale", q.scale), (f"{leaf}_global_scale", q.global_scale)):

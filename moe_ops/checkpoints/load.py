@@ -74,7 +74,6 @@ def load_quantized(
         _abandon(model)
         raise
     setattr(model, ATTRIBUTE, kv)
-    checkpoint.close()
     return model.eval()
 
 

@@ -21,6 +21,7 @@ _KV = ("FP8", None)
 class ModelOpt(Reader):
     name = "ModelOpt"
     methods = ("modelopt",)
+    transposes = True  # its export quantizes along K, and then gives each stack the orientation that it had
     parts: ClassVar = {
         ".weight": Part(CODES), ".weight_scale": Part(SCALE), ".weight_scale_2": Part(GLOBAL_SCALE),
         ".input_scale": Part(INPUT_SCALE), "_weight_scale": Part(SCALE), "_weight_scale_2": Part(GLOBAL_SCALE),

@@ -188,7 +188,7 @@ class Names:
 def _expert(pattern: str, key: str) -> int:
     head, _, tail = pattern.rpartition("*.")
     found = re.search(head.replace("*.", r".*\.") + r"(?P<expert>\d+)\." + tail, key)
-    if found is None:
+    if found is None or found["expert"] not in key.split("."):
         raise ValueError(f"{key}: no number of an expert where {pattern!r} has it")
     return int(found["expert"])
 

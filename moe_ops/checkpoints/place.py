@@ -25,7 +25,9 @@ def put(whole: Tensor, value: Tensor, source: Source, shards: int, interleaved: 
     if not matrix:
         if source.shard is not None:
             place = place[..., source.shard]
-        elif value.numel() * shards == place.numel():  # one number for a matrix that is two here
+        elif value.numel() == 1:  # one number for several matrices
+            value = value.reshape(()).expand(place.shape)
+        elif value.numel() * shards == place.numel():  # one for a matrix that is two here
             value = value.reshape(*place.shape[:-1], 1).expand(place.shape)
     elif source.shard is not None:
         place = place.unflatten(-2, (shards, -1)).select(-3, source.shard)

@@ -27,6 +27,7 @@ _ACTIVATIONS = {(*key, True): name for key, name in _WEIGHTS.items()} | {
 
 def _flat(t: Tensor, codec: Codec) -> Tensor:
     return t.flatten(-2)
+_CACHE = ("fp8_e4m3", _PER_TENSOR)  # what the outputs of a key or value projection may be
 
 
 class Quark(Reader):
@@ -56,8 +57,9 @@ class Quark(Reader):
             return None
         if chosen.get("bias"):
             raise self.refuse(f"{name}: bias", chosen["bias"])
-        if chosen.get("output_tensors") and pattern not in self._kv:
-            raise self.refuse(f"{name}: output_tensors", chosen["output_tensors"])
+        outputs = chosen.get("output_tensors")
+        if outputs and (pattern not in self._kv or (outputs.get("dtype"), outputs.get("qscheme")) != _CACHE):
+            raise self.refuse(f"{name}: output_tensors", outputs)
         weight = self._spec(name, "weight", chosen["weight"], _WEIGHTS, dynamic=False)
         inputs = chosen.get("input_tensors")
         if not inputs:

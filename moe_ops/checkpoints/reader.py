@@ -6,7 +6,8 @@ exact change of representation that leads there: codes and scales are never comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +52,7 @@ class Reader:
     # Endings of keys: ".x" belongs to a Linear (its weight is `.weight`), "_x" to a fused parameter.
     parts: ClassVar[Mapping[str, Part]]
     ignored: ClassVar[tuple[str, ...]] = ()  # endings of keys that say nothing the shapes do not say
+    transposes: ClassVar[bool] = False  # stacks of experts lie (K, N) where the float model has them so
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -86,6 +88,15 @@ class Reader:
         """The error for a setting that is not known."""
         allowed = ", ".join(str(k) for k in known)
         return ValueError(f"{self.name}: {what} {value!r} is not supported{f'; known: {allowed}' if allowed else ''}")
+
+
+@contextmanager
+def readable(producer: str) -> Iterator[None]:
+    """ValueError for settings of another type than a reader expects."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError) as e:
+        raise ValueError(f"{producer}: the settings in the checkpoint cannot be read: {e}") from e
 
 
 def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
 from ..quantize import skeleton_
@@ -15,7 +16,7 @@ from ..targets import plan
 from .files import Checkpoint
 from .names import Source
 from .place import FLOATS
-from .reader import CODES, Reader, Scheme
+from .reader import CODES, Reader, Scheme, readable
 
 ALWAYS_FLOAT = ("router", "embedding", "output head")  # what plan() says of modules that producers leave, too
 
@@ -61,7 +62,7 @@ def layout(model: nn.Module, checkpoint: Checkpoint, reader: Reader, found: Mapp
             continue
         if scheme is not None:
             schemes[parameter] = scheme
-    _check_experts(model, schemes)
+    _check_experts(model, found, schemes)
     if not schemes:
         raise ValueError(f"{checkpoint.path}: config.json says {reader.name}, but no layer is quantized")
     return Layout(found, schemes)
@@ -82,7 +83,8 @@ def _scheme(reader: Reader, tensors: list[Source], module: str, kind: str) -> Sc
     chosen: dict[Scheme | None, str] = {}
     for s in tensors:
         name = _module_on_disk(reader.split(s.key)[0], kind)
-        chosen.setdefault(reader.scheme((name, module), kind), name)
+        with readable(reader.name):
+            chosen.setdefault(reader.scheme((name, module), kind), name)
     if len(chosen) > 1:
         each = ", ".join(f"{name}: {scheme.format if scheme else 'float'}" for scheme, name in chosen.items())
         raise ValueError(f"{tensors[0].parameter}: its experts are stored in several ways ({each})")
@@ -95,13 +97,13 @@ def _module_on_disk(key: str, kind: str) -> str:
     return f"{module}.0.{leaf}" if kind == "experts" and leaf != "weight" else module
 
 
-def _check_experts(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+def _check_experts(model: nn.Module, found: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> None:
     """Both projections of a block have one format."""
     for parameter, scheme in schemes.items():
         module = parameter.rpartition(".")[0]
         for leaf, p in model.get_submodule(module)._parameters.items():
             other = schemes.get(f"{module}.{leaf}")
-            if p is None or p.ndim < 3 or leaf.endswith("bias"):
+            if p is None or p.ndim < 3 or f"{module}.{leaf}" not in found:
                 continue
             if other is None or other.format != scheme.format:
                 has = other.format if other else "float"
@@ -114,10 +116,12 @@ def _any_of(modules: set[str]) -> str:
 
 def meta_twin(model: nn.Module) -> nn.Module:
     """A copy of the model with its parameters on meta: to find refusals on, without the memory of a copy."""
-    import copy
-
-    memo = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
+    tables = {m: m._parameters for m in model.modules()}
+    empty = {p: nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    try:
+        for m, table in tables.items():
+            m._parameters = {n: None if p is None else empty[p] for n, p in table.items()}
+        return deepcopy(model)
+    finally:
+        for m, table in tables.items():
+            m._parameters = table
