@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .attach import attach
-from .watch import after_import
+from .watch import after_import, before
 
 if TYPE_CHECKING:
     from .config import MoeOpsConfig
@@ -23,7 +23,7 @@ def install() -> None:
     """Register the quantizer and the experts implementation with transformers, now or when it is imported."""
     after_import("transformers.quantizers.auto", _register_quantizer)
     after_import("transformers.integrations.moe", _register_experts)
-    after_import("transformers.modeling_utils", _check_experts)
+    after_import("transformers.modeling_utils", _watch_models)
 
 
 def too_old() -> str | None:
@@ -62,14 +62,17 @@ def _register_experts() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
-def _check_experts() -> None:
+def _watch_models() -> None:
     if too_old():
         return
     from transformers.modeling_utils import PreTrainedModel
 
-    from .experts import patch
+    from .experts import check_set
 
-    patch(PreTrainedModel)
+    # transformers takes any registered name, for models that will not use it too.
+    before(PreTrainedModel, "set_experts_implementation", check_set)
+    # Modules that were quantized by themselves, below the model: codes without a config would be read as weights.
+    before(PreTrainedModel, "save_pretrained", lambda model, *args, **kwargs: attach(model))
 
 
 def config_class() -> Any:

@@ -32,7 +32,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     Raises ValueError for a layout that cannot be read from the module, and for weights that are not float.
     """
-    spec = self.__dict__.get(_SPEC) or spec_of(self)
+    spec = self.__dict__.get(_SPEC) or _read_once(self)
     if torch.is_grad_enabled() and _needs_gradient(self, spec, hidden_states, top_k_weights):
         _say_once(type(self).__name__)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -57,6 +57,12 @@ def spec_of(module: nn.Module) -> ExpertsSpec:
         )
     module.__dict__[_SPEC] = spec
     return spec
+
+
+@torch.compiler.assume_constant_result
+def _read_once(module: nn.Module) -> ExpertsSpec:
+    """For the compiler: it takes what this returns, instead of tracing the evaluation of a gate."""
+    return spec_of(module)
 
 
 def _needs_gradient(m: nn.Module, spec: ExpertsSpec, x: Tensor, topk_weights: Tensor) -> bool:
@@ -127,9 +133,10 @@ def _product(
     return y.to(x.dtype) if name == spec.up else y
 
 
-def check_set(model: nn.Module, requested: Any) -> None:
+def check_set(model: nn.Module, experts_implementation: Any) -> None:
     """Read every experts module before the implementation is chosen. Raises ValueError where none would use it."""
-    given = requested.values() if isinstance(requested, dict) else (requested,)
+    chosen = experts_implementation
+    given = chosen.values() if isinstance(chosen, dict) else (chosen,)
     if NAME not in given:
         return
     flagged = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_bias")]
@@ -142,17 +149,3 @@ def check_set(model: nn.Module, requested: Any) -> None:
         if not hasattr(m, "layouts"):  # quantized ones have a forward of their own
             spec_of(m)
 
-
-def patch(model_class: Any) -> None:
-    """Have `set_experts_implementation` check first: transformers takes any registered name for any model."""
-    original = model_class.set_experts_implementation
-    if getattr(original, "_moe_ops", False):
-        original = original.__wrapped__
-
-    @functools.wraps(original)
-    def set_experts_implementation(self: Any, experts_implementation: Any) -> Any:
-        check_set(self, experts_implementation)
-        return original(self, experts_implementation)
-
-    set_experts_implementation._moe_ops = True  # type: ignore[attr-defined]
-    model_class.set_experts_implementation = set_experts_implementation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def _load_floats(model: Any, stored: Mapping[str, sources.Stored]) -> None:
     into = _Streams(model)
     experts_of, state = into.experts_of(), model.state_dict()
     found = sources.trace(model, stored, streaming(get_model_conversion_mapping(model)))
+    files = sources.Files(stored)
     codes = {f"{name}.{key}" for name, m in streams(model) for key in m._parameters if disk.is_code(m, key)}
     needed = [key for key in state if key not in codes and key not in model.all_tied_weights_keys]
     problems = sources.check_floats(found, stored, experts_of, needed)
@@ -97,7 +99,7 @@ def _load_floats(model: Any, stored: Mapping[str, sources.Stored]) -> None:
     for name, source in found.items():
         if id(source.keys) not in done and (name in experts_of or name not in codes):
             done.add(id(source.keys))
-            for target, tensor in _convert(model, name, source, stored, into, state[name].device).items():
+            for target, tensor in _convert(model, name, source, files, into, state[name].device).items():
                 _copy(model, state, target, tensor)
     _raise(into.problems)
     for stream in into.each:
@@ -105,17 +107,17 @@ def _load_floats(model: Any, stored: Mapping[str, sources.Stored]) -> None:
 
 
 def _convert(
-    model: Any, name: str, source: sources.Sources, stored: Mapping[str, sources.Stored], into: _Streams, device: Any
+    model: Any, name: str, source: sources.Sources, files: sources.Files, into: _Streams, device: Any
 ) -> dict[str, Any]:
     """Quantizes what is to be quantized, and returns the rest."""
     from .conversion import QuantizeTensor
 
     if source.converter is None:
         ((key, *_),) = source.keys.values()
-        return QuantizeTensor(into).convert({name: sources.Reader(stored[key], key, device)()})
+        return QuantizeTensor(into).convert({name: files.read(key, device)})
     converter = deepcopy(source.converter)
     for pattern, keys in source.keys.items():
-        converter.collected_tensors[pattern] = [sources.Reader(stored[key], key, device) for key in keys]
+        converter.collected_tensors[pattern] = [partial(files.read, key, device) for key in keys]
     return converter.convert(name, model=model, config=model.config, hf_quantizer=into)
 
 
@@ -142,11 +144,12 @@ def _load_codes(model: Any, stored: Mapping[str, sources.Stored], said: MoeOpsCo
     state, found = disk.state(model), sources.trace(model, stored, [])
     tied = model.all_tied_weights_keys
     want = {key: (t.dtype, t.shape) for key, t in state.items() if key not in tied or key in found}
-    exact = [f"{name}.{key}" for name, m in mine.items() for key in m._parameters if disk.is_code(m, key)]
-    _raise(sources.check_codes(found, stored, want, exact))
+    codes = [f"{name}.{key}" for name, m in mine.items() for key in m._parameters if disk.is_code(m, key)]
+    _raise(sources.check_codes(found, stored, want, codes, want))
+    files = sources.Files(stored)
     for name in want:
         ((key, *_),) = found[name].keys.values()
-        state[name].copy_(sources.Reader(stored[key], key, state[name].device)())
+        state[name].copy_(files.read(key, state[name].device))
 
 
 def _raise(problems: list[str]) -> None:

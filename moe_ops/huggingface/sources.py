@@ -130,17 +130,18 @@ def _absent(name: str, pattern: str, keys: list[str], experts: int | None) -> li
 
 def check_codes(
     found: Mapping[str, Sources], stored: Mapping[str, Stored], expected: Mapping[str, tuple[torch.dtype, torch.Size]],
-    exact: Iterable[str],
+    codes: Iterable[str], needed: Iterable[str],
 ) -> list[str]:  # fmt: skip
-    """Why a checkpoint of ours cannot be loaded. `exact` names what must have the type that is expected, too."""
-    problems, exact = [], set(exact)
+    """Why a checkpoint of ours cannot be loaded. `codes` must have the type that is expected, too."""
+    problems, codes = [], set(codes)
+    needed = codes.union(needed)
     for name, (dtype, shape) in expected.items():
         keys = [key for many in found[name].keys.values() for key in many] if name in found else []
         if not keys:
-            problems.append(f"{name}: the checkpoint lacks it")
+            problems += [f"{name}: the checkpoint lacks it"] if name in needed else []
             continue
         have = stored[keys[0]]
-        if have.shape != tuple(shape) or (name in exact and have.dtype != spelling(dtype)):
+        if have.shape != tuple(shape) or (name in codes and have.dtype != spelling(dtype)):
             want = f"{spelling(dtype)} {tuple(shape)}"
             problems.append(f"{keys[0]} must be {want}, the checkpoint has {have.dtype} {have.shape}")
     return problems
@@ -158,12 +159,15 @@ _SPELLED = {
 }  # fmt: skip
 
 
-class Reader:
-    """A tensor of a file, read when it is called."""
+class Files:
+    """Tensors of checkpoint files, read one by one; each file is opened once."""
 
-    def __init__(self, stored: Stored, key: str, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        self.stored, self.key, self.device, self.dtype = stored, key, device, dtype
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = stored
+        self._open: dict[str, Any] = {}
 
-    def __call__(self) -> Tensor:
-        with safe_open(self.stored.file, framework="pt") as f:
-            return f.get_tensor(self.key).to(device=self.device, dtype=self.dtype)
+    def read(self, key: str, device: torch.device | str) -> Tensor:
+        file = self.stored[key].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file].get_tensor(key).to(device)

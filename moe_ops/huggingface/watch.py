@@ -1,7 +1,8 @@
-"""Calls a function after a module was imported: now if it is there, else when somebody imports it (or reloads it)."""
+"""Calls a function after a module was imported, now if it is there, else when somebody does; or before a method."""
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -60,3 +61,18 @@ def after_import(name: str, call: Callable[[], None]) -> None:
     spec = getattr(sys.modules.get(name), "__spec__", None)
     if spec is not None and not getattr(spec, "_initializing", False):
         call()
+
+
+def before(owner: type, method: str, call: Callable[..., None]) -> None:
+    """Have a class call `call` with the arguments of a method before it; again after a reload, only the last one."""
+    original = getattr(owner, method)
+    if getattr(original, _MARK, False):
+        original = original.__wrapped__
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, method, wrapped)
