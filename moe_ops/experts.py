@@ -5,7 +5,6 @@ T tokens, A experts per token, R = T * A slots, E experts, H hidden size, I inte
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ class QuantizedExperts(QuantizedModule):
 
     spec: ExpertsSpec
     original_class: type[nn.Module] | None = None
+    __repr__ = nn.Module.__repr__  # lists and dicts have their own, of children that are gone
 
     @classmethod
     def from_float(
@@ -73,7 +73,7 @@ class QuantizedExperts(QuantizedModule):
         return _fill(new, spec, FORMATS.resolve(format), backend, device)
 
     def weight_names(self) -> tuple[str, ...]:
-        return self.spec.up, self.spec.down
+        return tuple(name for name, *_ in self.spec.matrices)
 
     def layouts(self) -> dict[str, Layout]:
         return {name: Layout(self.spec.num_experts, shards, n, k) for name, shards, n, k in self.spec.matrices}
@@ -81,6 +81,8 @@ class QuantizedExperts(QuantizedModule):
     def float_shape(self, name: str) -> torch.Size:
         experts, shards, n, k = self.layouts()[name]
         assert experts is not None
+        if name == self.spec.up:
+            experts += self.spec.identities  # rows that nothing reads
         return self.spec.original(name, torch.empty(experts, shards * n, k, device="meta")).shape
 
     def canonical(self, name: str, weight: Tensor) -> Tensor:
@@ -91,52 +93,80 @@ class QuantizedExperts(QuantizedModule):
         spec, top_k = self.spec, topk_ids.shape[-1]
         if hidden.shape[-1] != spec.hidden_size:
             raise ValueError(f"these experts take rows of {spec.hidden_size}, got {tuple(hidden.shape)}")
-        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != hidden.shape[:-1]:
+        lead = hidden.shape[:-1]
+        if topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] not in (lead, (lead.numel(),)):
             raise ValueError(
                 f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be"
-                f" {tuple(hidden.shape[:-1])} + (experts per token,)"
+                f" {tuple(lead)} + (experts per token,)"
             )
-        num_experts: Any = getattr(self, "num_experts", spec.num_experts)
-        if num_experts != getattr(self, spec.up).shape[0]:  # a shard: its first num_experts are its own
-            topk_ids = torch.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1)
         x = hidden.reshape(-1, spec.hidden_size)  # (T, H)
         ids, weights = topk_ids.reshape(x.shape[0], top_k), topk_weights.reshape(x.shape[0], top_k)  # (T, A)
-        fused = spec.gate is not None and spec.post_norm is None
-        return (self._fused if fused else self._unfused)(x, ids, weights).view(hidden.shape)
+        return self.routed(x, ids, weights).view(hidden.shape)
 
-    def _fused(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        spec, gate = self.spec, self.spec.gate
+    def routed(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool = False) -> Tensor:
+        """x (T, H), ids and weights (T, A) -> (T, H). `on_input`: the weights multiply x, not the result."""
+        spec = self.spec
+        num_experts: Any = getattr(self, "num_experts", spec.num_experts)
+        stored = getattr(self, spec.up).shape[0]
+        local = torch.where((ids >= 0) & (ids < num_experts), ids, -1) if num_experts != stored else ids
+        drops = self.training and (spec.dropout > 0 or spec.row_dropout > 0)
+        if spec.row_dropout and not self.training:
+            weights = weights * (1.0 - spec.row_dropout)
+        if spec.gate is not None and spec.post_norm is None and not drops:
+            out = self._fused(x, local, weights, on_input)
+        elif on_input:
+            out = self._weighed(x, local, weights)
+        else:
+            out = self._unfused(x, local, weights)
+        if not spec.identities:
+            return out
+        same = (ids >= spec.num_experts) & (ids < spec.num_experts + spec.identities)  # (T, A)
+        share = torch.where(same, weights.float(), 0.0).sum(-1, keepdim=True)  # (T, 1)
+        return (out.float() + x.float() * share).to(x.dtype)
+
+    def _fused(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool) -> Tensor:
+        gate = self.spec.gate
         assert gate is not None
         backend, invariant = resolve(self.backend)
-        up, down = spec.up, spec.down
+        up, down = self.weight_names()
         stored = [self._parameters[name] for name in (up, down)]
         for part in ("scale", "global_scale", "zero_point", "bias", "input_scale"):
             stored += [self._parameters.get(f"{name}_{part}") for name in (up, down)]
         return torch.ops.moe_ops.experts(
             x, ids, weights, *stored, format=self.format, activation=gate.activation, gated=gate.gated,
-            alpha=gate.alpha, beta=gate.beta, limit=gate.limit, backend=backend, batch_invariant=invariant,
+            alpha=gate.alpha, beta=gate.beta, limit=gate.limit, router_weight_on_input=on_input, backend=backend,
+            batch_invariant=invariant,
         )  # fmt: skip
+
+    def _weighed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`_unfused` of rows that were multiplied by their weights before: every slot is a token of its own."""
+        rows = (x[:, None].float() * weights[..., None].float()).to(x.dtype)  # (T, A, H)
+        out = self._unfused(rows.flatten(0, 1), ids.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1))
+        return out.view(rows.shape).float().sum(1).to(x.dtype)
 
     def _unfused(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The same in parts: the module's own gate, on columns in its own order, and its post norm run between."""
         spec, num_experts, top_k = self.spec, getattr(self, self.spec.up).shape[0], ids.shape[1]
         backend, _ = resolve(self.backend)
+        up, down = self.weight_names()
         if not top_k:  # nothing to combine
             return torch.zeros_like(x)
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
-        h = self._project(x, spec.up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
+        h = self._project(x, up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
         if spec.gate is None:
             h = interleave(h) if spec.interleaved else h
-            own: Any = self._apply_gate if spec.gated else self.act_fn
+            own: Any = spec.own_gate or (self._apply_gate if spec.gated else self.act_fn)
             h = own(h).to(x.dtype)  # (R, I)
+        h = nn.functional.dropout(h, spec.dropout, self.training)
         w = weights.reshape(-1).float()  # (R,) in slot order
         if spec.post_norm is None:
-            rows = self._project(h, spec.down, offsets, rows_out=order, row_weights=w)  # (R, H) in slot order
+            rows = self._project(h, down, offsets, rows_out=order, row_weights=w)  # (R, H) in slot order
         else:
             norm: Any = getattr(self, spec.post_norm)
-            rows = norm(self._project(h, spec.down, offsets, rows_out=order))
+            rows = norm(self._project(h, down, offsets, rows_out=order))
             kept = ((ids >= 0) & (ids < num_experts)).reshape(-1, 1)  # the norm may move dropped rows off zero
             rows = torch.where(kept, rows.float() * w[:, None], 0.0).to(x.dtype)
+        rows = nn.functional.dropout(rows, spec.row_dropout, self.training)
         return torch.ops.moe_ops.combine(rows, top_k, backend=backend)
 
     def _project(self, x: Tensor, name: str, offsets: Tensor, *, gate: Gate | None = None, **rows: Any) -> Tensor:
@@ -165,10 +195,9 @@ class QuantizedExperts(QuantizedModule):
             batch_invariant=invariant, **rows,
         )  # fmt: skip
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """gate_up_proj (E, 2I, H), or up_proj (E, I, H), and down_proj (E, H, I): the values of the stored codes."""
-        up, down = (self._dequantize(name, dtype) for name in self.weight_names())
-        return up, down
+        return tuple(self._dequantize(name, dtype) for name in self.weight_names())
 
     def _dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         q, shards = self._get(name), self.spec.shards if name == self.spec.up else 1
@@ -176,13 +205,13 @@ class QuantizedExperts(QuantizedModule):
 
     def extra_repr(self) -> str:
         s = self.spec
-        gate = s.gate.activation if s.gate else "own gate"
+        gate = "no gate" if not s.down else s.gate.activation if s.gate else "own gate"
         size = f"num_experts={s.num_experts}, hidden_size={s.hidden_size}, intermediate_size={s.intermediate_size}"
         return f"{size}, format={self.format!r}, {gate}, backend={self.backend or 'auto'!r}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (self.original_class,), *reduced[2:]
+        return _new, (self.original_class, self.spec.call), *reduced[2:]
 
 
 def swap(
@@ -192,9 +221,11 @@ def swap(
 
     It shares the module's children, hooks and attributes; the module itself is left as it was.
     """
-    new = carry_over(module, _new(type(module)))
-    new.__dict__ |= {"is_transposed": False, "is_concatenated": True}
-    return _fill(new, spec, fmt, backend, device)
+    new = carry_over(module, _new(type(module), spec.call))
+    if hasattr(new, "is_transposed"):
+        new.__dict__ |= {"is_transposed": False, "is_concatenated": True}
+    spec.take_out(new)
+    return _fill(new, spec, fmt, backend, device, module)
 
 
 def restore(module: QuantizedExperts) -> nn.Module:
@@ -203,12 +234,18 @@ def restore(module: QuantizedExperts) -> nn.Module:
     if original is None:
         raise ValueError("experts made by QuantizedExperts.from_float have no float class: use .dequantize()")
     new = carry_over(module, original.__new__(original))
+    floats: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name in module.weight_names():
-        w = spec.original(name, module._dequantize(name, module.float_dtype)).contiguous()
-        new._parameters[name] = nn.Parameter(w, requires_grad=spec.trainable)
+        bias = new._parameters.get(f"{name}_bias")
+        floats[name] = module._dequantize(name, module.float_dtype), bias
         for part in PARTS:
             new._parameters.pop(f"{name}_{part}", None)
-        _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.original_bias(name, b))
+        if spec.moved:
+            del new._parameters[name]
+            new._parameters.pop(f"{name}_bias", None)
+        else:
+            _replace_bias(new, f"{name}_bias", lambda b, name=name: spec.original_bias(name, b))
+    spec.put_back(new, floats)
     for name in (*_STATE, *FLAGS):
         new.__dict__.pop(name, None)
     new.__dict__.update(spec.flags)
@@ -223,29 +260,31 @@ def cannot_take(spec: ExpertsSpec, fmt: Format) -> str | None:
     return None
 
 
-@cache
-def _swapped_class(original: Any) -> type[QuantizedExperts]:
-    return type(f"Quantized{original.__name__}", (QuantizedExperts, original), {"original_class": original})
-
-
-def _new(original: Any) -> QuantizedExperts:
+def _new(original: Any, call: str) -> QuantizedExperts:
     """An empty instance: what unpickling starts from."""
-    cls = QuantizedExperts if original is None else _swapped_class(original)
+    from .calls import CALLS, swapped_class  # subclasses of what this file defines
+
+    base: Any = CALLS[call]
+    cls = base if original is None else swapped_class(original, base)
     return cls.__new__(cls)
 
 
-def _fill(new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | None, device: Any) -> QuantizedExperts:
-    """Quantize the float weights that `new` holds, in place of them."""
-    weight = new._parameters[spec.up]
-    assert weight is not None
-    if reason := cannot_take(spec, fmt) or wrong_dtype(*(new._parameters[name] for name, *_ in spec.matrices)):
+def _fill(
+    new: QuantizedExperts, spec: ExpertsSpec, fmt: Format, backend: str | None, device: Any,
+    found: nn.Module | None = None,
+) -> QuantizedExperts:  # fmt: skip
+    """Quantize the float weights of `found`, which `new` holds too unless they are under other names there."""
+    found = new if found is None else found
+    floats = [p for _, p in spec.floats(found)]
+    if reason := cannot_take(spec, fmt) or wrong_dtype(*floats):
         raise ValueError(reason)
-    new.spec, new.format, new.backend, new.float_dtype = spec, fmt.name, backend, weight.dtype
-    for name, shards, _, _ in spec.matrices:
-        weight = new._parameters[name]
-        assert weight is not None
-        new._put(name, _quantize(spec, name, weight, shards, fmt, device))
-    canonical_biases_(new, device)
+    new.spec, new.format, new.backend, new.float_dtype = spec, fmt.name, backend, floats[0].dtype
+    for name, shards, n, k in spec.matrices:
+        new._put(name, _quantize(spec, found, name, (shards, n, k), fmt, device))
+        if spec.moved and (bias := spec.bias(found, name)) is not None:
+            new._parameters[f"{name}_bias"] = nn.Parameter(bias.to(device), requires_grad=spec.trainable)
+    if not spec.moved:
+        canonical_biases_(new, device)
     return new
 
 
@@ -255,16 +294,17 @@ def canonical_biases_(module: QuantizedExperts, device: Any = None) -> None:
         _replace_bias(module, f"{name}_bias", lambda b, name=name: module.spec.canonical_bias(name, b).to(device))
 
 
-def _quantize(spec: ExpertsSpec, name: str, weight: Tensor, shards: int, fmt: Format, device: Any) -> QuantizedTensor:
+def _quantize(
+    spec: ExpertsSpec, found: nn.Module, name: str, shape: tuple[int, int, int], fmt: Format, device: Any
+) -> QuantizedTensor:
     """Expert by expert, so that one expert in fp32 is all that is held beside the result."""
-    weight = weight.detach()
-    n, k = next((n, k) for stored, _, n, k in spec.matrices if stored == name)
-    device = weight.device if device is None else device
-    q = empty_weight(fmt.weight, weight.shape[0], n, k, shards, dtype=weight.dtype, device=device)
+    (shards, n, k), first = shape, spec.expert(found, name, 0)
+    device = first.device if device is None else device
+    q = empty_weight(fmt.weight, spec.num_experts, n, k, shards, dtype=first.dtype, device=device)
     if q.qdata.is_meta:  # a placeholder for what is still to be loaded
         return q
-    for e in range(weight.shape[0]):
-        w = spec.canonical(name, weight[e].to(device))  # (S*N, K)
+    for e in range(spec.num_experts):
+        w = spec.expert(found, name, e).to(device)  # (S*N, K)
         for s, matrix in enumerate(w.unflatten(0, (shards, n))):
             write_matrix(q, e, s, fmt.weight.quantize(matrix.contiguous()), shards)
     return q

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from . import experts, linear
+from . import blocks, experts, linear
 from .backends.base import check_backend
 from .experts import QuantizedExperts
 from .formats import Format
@@ -152,7 +152,7 @@ def _store(place: Place, new: nn.Module) -> None:
     if len(place.parents) > 1:  # interrupted between two stores, a second call must not make another new module
         old.__dict__[_REPLACEMENT] = new
     for parent, key in place.parents:
-        parent._modules[key] = new
+        blocks.put(parent, key, new, place.routing)
 
 
 def _with_progress(targets: list[Target], show: bool | None) -> Iterator[Target]:

@@ -92,7 +92,7 @@ class Stream:
         if found.shape != self.module.float_shape(weight):
             want = tuple(self.module.float_shape(weight))
             raise ValueError(f"{self.label(weight)} must be {want}, got {tuple(found.shape)}")
-        for e, one in enumerate(found):
+        for e, one in enumerate(found[: self._layouts[weight].experts]):  # more rows: experts without weights
             self.take(weight, e, one)
 
     def finish(self) -> None:

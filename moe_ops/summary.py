@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .backends.base import resolve
+from .blocks import RoutedBlock, experts_of
 from .experts import QuantizedExperts
 from .linear import QuantizedLinear
 from .storage import QuantizedModule
 
 _LEFT = "_moe_ops_left"
+OPENED = "experts' Linears"  # kind of a row that stands for Linears which have rows of their own
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,26 @@ def summary(model: nn.Module) -> Summary:
     """What `quantize_` did to the model: a row for every quantized module, and for what was left, with the reason."""
     left: dict[str, Row] = {r.name: r for r in model.__dict__.get(_LEFT, ())}
     rows = []
+    routed = {id(experts_of(m)) for m in model.modules() if isinstance(m, RoutedBlock)}
     for name, m in model.named_modules():
         if isinstance(m, QuantizedModule):
             kind = "experts" if isinstance(m, QuantizedExperts) else "linear"
-            rows.append(Row(name, kind, m.format, m.backend or resolve(None)[0], _float_bytes(m), m.bytes_stored()))
+            note = _note(m, routed)
+            backend = m.backend or resolve(None)[0]
+            rows.append(Row(name, kind, m.format, backend, _float_bytes(m), m.bytes_stored(), note))
         elif name in left:
-            size = sum(p.numel() * p.element_size() for p in m.parameters())
+            size = 0 if left[name].kind == OPENED else sum(p.numel() * p.element_size() for p in m.parameters())
             rows.append(replace(left[name], bytes_before=size, bytes_after=size))
     return Summary(tuple(rows))
+
+
+def _note(m: QuantizedModule, routed: set[int]) -> str:
+    if not isinstance(m, QuantizedExperts):
+        return ""
+    dense = "every expert runs on every row: the block's routing was not read"
+    unchecked = "read from shapes alone: there was nothing to compare with"
+    notes = {dense: m.spec.call == "dense" and id(m) not in routed, unchecked: not m.spec.checked}
+    return "; ".join(text for text, applies in notes.items() if applies)
 
 
 def remember_left(model: nn.Module, rows: list[Row]) -> None:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from . import experts, linear
-from .adapters import CannotAdapt, ExpertsSpec, read
+from .adapters import CannotAdapt, ExpertsSpec, Routing, read, read_routing
 from .experts import QuantizedExperts
 from .formats import Format
+from .linear import QuantizedLinear
 from .rules import Rules
 from .storage import QuantizedModule, wrong_dtype
-from .summary import Row
+from .summary import OPENED, Row
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_EMBEDDED = "experts that are rows of an embedding: they are looked up, not multiplied"
 _MULTIPLE = 16  # narrower or odd Linears: routers, gates, heads; no kernel gains from them
 
 
@@ -31,6 +33,7 @@ class Place:
     module: nn.Module
     names: list[str] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+    routing: Routing | None = None  # of the block around experts, which is to be made anew
 
     @property
     def name(self) -> str:
@@ -89,7 +92,10 @@ def plan(model: nn.Module, rules: Rules, strict: bool, loaded: bool = True) -> P
     if unmatched:
         raise ValueError(f"these patterns match no module: {', '.join(map(repr, unmatched))}")
     experts, unreadable = _experts(everything)
-    inside = {id(m) for p, _ in [*experts, *unreadable] for m in p.module.modules() if m is not p.module}
+    opened = [(p, why) for p, why in unreadable if _is_linears(p.module)]
+    closed = [p for p, _ in [*experts, *unreadable] if all(p is not o for o, _ in opened)]
+    inside = {id(m) for p in closed for m in p.module.modules() if m is not p.module}
+    within = {id(m) for p, _ in opened for m in p.module.modules()}
     fixed = _always_left(model, everything, [*experts, *unreadable])
     specs = {id(p.module): spec for p, spec in experts}
     reasons = {id(p.module): reason for p, reason in unreadable}
@@ -101,12 +107,14 @@ def plan(model: nn.Module, rules: Rules, strict: bool, loaded: bool = True) -> P
             _already(found, place, rules)
         elif id(m) in specs:
             _take_experts(found, place, specs[id(m)], rules, strict, loaded)
-        elif id(m) in reasons:
+        elif id(m) in reasons and id(m) not in within:
             _refuse_experts(found, place, reasons[id(m)], rules, strict)
         elif type(m) is nn.Linear or id(m) in fixed:
-            _take_linear(found, place, fixed.get(id(m)), rules, loaded)
+            _take_linear(found, place, fixed.get(id(m)), rules, loaded, "experts" if id(m) in within else "linear")
         else:
             _check_foreign(found, place, rules)
+    for place, why in opened:
+        _open(found, place, why, rules, strict)
     if loaded and not found.problems:
         found.problems += [text for t in found.targets for text in _non_finite(t)]
     return found
@@ -123,14 +131,17 @@ def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], 
             continue
         try:
             spec = read(place.module)
+            if spec is not None:
+                place.routing = _routing(place, spec)
         except CannotAdapt as e:
-            bad.append((place, str(e)))
+            if _named_experts(place) or not _is_linears(place.module):
+                bad.append((place, str(e)))
             continue
         if spec is not None:
             good.append((place, spec))
         elif _named_experts(place):
             kind = type(place.module).__name__
-            bad.append((place, f"{kind} is held as `experts`, but its class does not carry the layout flags"))
+            bad.append((place, f"{kind} is held as `experts`, in a layout that no rule explains"))
     blocks = {id(parent) for p, _ in good for parent, _ in p.parents}
     adapted = {id(m) for p, _ in good for m in (p.module, *p.module.modules())}
     bad = [  # not what is beside routed experts (shared ones are dense), and not what contains some
@@ -140,6 +151,42 @@ def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], 
     ]  # fmt: skip
     within = {id(m) for p, _ in bad for m in p.module.modules() if m is not p.module}
     return good, [(p, why) for p, why in bad if id(p.module) not in within]
+
+
+def _routing(place: Place, spec: ExpertsSpec) -> Routing | None:
+    """Of the block that holds experts without a call of their own, or with one that runs every expert on every row.
+
+    Raises CannotAdapt where such a block cannot be read; the latter experts then stay as dense as they are.
+    """
+    if spec.call not in ("items", "dense"):
+        return None
+    try:
+        if len(place.parents) != 1:
+            raise CannotAdapt(f"{type(place.module).__name__} is shared between {len(place.parents)} blocks")
+        return read_routing(*place.parents[0], spec)
+    except CannotAdapt:
+        if spec.call == "dense":
+            return None
+        raise
+
+
+def _is_linears(module: nn.Module) -> bool:
+    """All its weights are in Linears, which can be quantized one by one, or were."""
+    linears = [m for m in module.modules() if type(m) is nn.Linear or isinstance(m, QuantizedLinear)]
+    held = {id(p) for m in linears for p in m.parameters(recurse=False)}
+    return bool(held) and all(id(p) in held for p in module.parameters() if p.ndim > 1)
+
+
+def _open(found: Plan, place: Place, why: str, rules: Rules, strict: bool) -> None:
+    """Experts that could not be read as such: a line that says so, and an error if none of their Linears is taken."""
+    picked, own = rules.pick(place.names, "experts"), list(place.module.modules())
+    taken = {id(t.module) for t in found.targets}
+    if picked.format is None:
+        found.leave(place, "experts", picked.note)
+    elif any(id(m) in taken or isinstance(m, QuantizedModule) for m in own):
+        found.leave(place, OPENED, f"its Linears one by one: {why}")
+    else:
+        _refuse_experts(found, place, why, rules, strict)
 
 
 def _named_experts(place: Place) -> bool:
@@ -160,7 +207,7 @@ def _always_left(model: nn.Module, everything: list[Place], experts: list) -> di
     for place in everything:
         m, parts = place.module, {part for name in place.names for part in name.split(".")}
         if isinstance(m, nn.Embedding):
-            left[id(m)] = "embedding"
+            left[id(m)] = _EMBEDDED if any(_has_router(parent) for parent, _ in place.parents) else "embedding"
         elif any("router" in part for part in parts):
             left[id(m)] = "router"
         elif "lm_head" in parts or (type(m) is nn.Linear and id(m.weight) in embedded):
@@ -169,6 +216,10 @@ def _always_left(model: nn.Module, everything: list[Place], experts: list) -> di
             base = {id(c) for c in m._modules["base_layer"].modules()}  # type: ignore[union-attr]
             left |= {id(c): "adapter" for c in m.modules() if id(c) not in base and c is not m}
     return left | {id(head): "output head" for head in _output_heads(model)}
+
+
+def _has_router(parent: nn.Module) -> bool:
+    return any("router" in key for key in parent._modules)
 
 
 def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -208,7 +259,7 @@ def _take_experts(
     if picked.format is None:
         found.leave(place, "experts", picked.note)
         return
-    weights = [place.module._parameters.get(name) for name, *_ in spec.matrices]
+    weights = [p for _, p in spec.floats(place.module)]
     if reason := experts.cannot_take(spec, picked.format):
         _refuse_experts(found, place, reason, rules, strict)
     elif problem := _unusable(place.module, loaded):
@@ -216,7 +267,7 @@ def _take_experts(
     elif reason := wrong_dtype(*weights):
         _refuse_experts(found, place, reason, rules, strict)
     else:
-        found.targets.append(Target(place.module, place.names, place.parents, picked.format, spec))
+        found.targets.append(Target(place.module, place.names, place.parents, place.routing, picked.format, spec))
 
 
 def _refuse_experts(found: Plan, place: Place, reason: str, rules: Rules, strict: bool) -> None:
@@ -227,8 +278,10 @@ def _refuse_experts(found: Plan, place: Place, reason: str, rules: Rules, strict
         found.problems.append(f"{place.name or 'the model'}: {reason} (strict=False leaves such experts in float)")
 
 
-def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules, loaded: bool) -> None:
-    m, picked = place.module, rules.pick(place.names, "linear")
+def _take_linear(
+    found: Plan, place: Place, fixed: str | None, rules: Rules, loaded: bool, rule: str = "linear"
+) -> None:
+    m, picked = place.module, rules.pick(place.names, rule)
     kind = "linear" if type(m) is nn.Linear else type(m).__name__
     if fixed is not None:
         if picked.exact and picked.format is not None:
@@ -253,7 +306,7 @@ def _take_linear(found: Plan, place: Place, fixed: str | None, rules: Rules, loa
     elif reason := wrong_dtype(m.weight):
         found.leave(place, kind, reason)
     else:
-        found.targets.append(Target(m, place.names, place.parents, picked.format))
+        found.targets.append(Target(m, place.names, place.parents, format=picked.format))
 
 
 def _read_by_parent(place: Place) -> str | None:
@@ -284,7 +337,7 @@ def _unusable(m: nn.Module, loaded: bool) -> str | None:
         return "is offloaded (its weights are not in memory): load the model without offloading"
     if "forward" in m.__dict__ and hook is None:
         return "has its forward replaced on the instance, which replacing the module would lose"
-    for name, p in m.named_parameters(recurse=False):
+    for name, p in m.named_parameters():
         if loaded and p.is_meta:
             return f"is on the meta device ({name}): load its weights first"
         if _is_foreign(p):
@@ -321,10 +374,12 @@ def _describe(name: str, t: Tensor) -> str:
 
 def _non_finite(target: Target) -> Iterator[str]:
     """Weights with inf or NaN: amax over them would spread that over whole rows."""
-    names = ("weight",) if target.spec is None else tuple(name for name, *_ in target.spec.matrices)
-    for name in names:
-        w = getattr(target.module, name).detach()
+    spec, m = target.spec, target.module
+    floats = [("weight", m.get_parameter("weight"))] if spec is None else spec.floats(m)
+    for name, p in floats:
+        w = p.detach()
         if w.numel() and not all(bool(torch.isfinite(x)) for x in torch.aminmax(w)):
-            bad = [] if target.spec is None else [e for e in range(w.shape[0]) if not bool(torch.isfinite(w[e]).all())]
+            stacked = spec is not None and w.ndim > 2
+            bad = [e for e in range(w.shape[0]) if stacked and not bool(torch.isfinite(w[e]).all())]
             where = f" (experts {', '.join(map(str, bad[:8]))})" if bad else ""
             yield f"{target.name}.{name} has non-finite values{where}"

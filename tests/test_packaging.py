@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("backends",),
     ("ops",),
-    ("adapters", "storage", "experts", "linear", "streaming"),
+    ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
     ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),

@@ -1,12 +1,15 @@
 """Tiny random models of every MoE family that the installed transformers has (data/tiny_families.json).
 
 `structure` of a family: S1 concatenated gate and up; S2 the same with a gate of its own; S3 transposed; S4 transposed,
-with biases; S5 no gate; S6 a norm after each expert; U1 to U7 layouts that do not carry the experts interface's flags.
+with biases; S5 no gate; S6 a norm after each expert; U1 to U7 layouts that do not carry the experts interface's flags:
+U1 otherwise as S1; U2 with experts that return their input; U3 every expert run on every row; U4 matrices above each
+other; U5 one projection alone, of sorted rows; U6 MLPs in a dict; U7 no products of matrices, or no more than Linears.
 """
 
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +38,17 @@ def _installed():
 INSTALLED = _installed()  # by file: importing sixty modelling files would slow collection down
 ROUTED = [n for n in INSTALLED if FAMILIES[n]["structure"].startswith("S")]
 OTHER = [n for n in INSTALLED if FAMILIES[n]["structure"].startswith("U")]
+WITH_EXPERTS = [n for n in INSTALLED if FAMILIES[n]["structure"] != "U7"]
+UNFLAGGED = {  # where families whose experts carry no flags hold them; the last, only in older transformers
+    "dbrx": r"transformer\.blocks\.[01]\.ffn\.experts",
+    "jetmoe": r"model\.layers\.[01]\.(mlp|self_attention\.experts)\.(in|out)put_linear",
+    "llama4": r"model\.layers\.[01]\.feed_forward\.experts",
+    "longcat_flash": r"model\.layers\.0\.mlp\.experts",
+    "nllb_moe": r"model\.(en|de)coder\.layers\.1\.ffn\.experts",
+    "step3p7": r"layers\.1\.mlp\.experts",
+    "switch_transformers": r"(en|de)coder\.block\.1\.layer\.[12]\.mlp\.experts",
+    "aria": r"model\.layers\.[01]\.mlp\.experts\.fc[12]",
+}
 
 
 def build(name, **config):
@@ -77,6 +91,12 @@ def run(model, **kwargs):
 def routed_experts(model):
     """{name: module} of the modules that carry the flags of the experts interface."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "has_bias")}
+
+
+def experts_at(name, model):
+    """Names of the modules of a family that hold experts."""
+    flagged = set(routed_experts(model))
+    return flagged or {n for n, _ in model.named_modules() if re.fullmatch(UNFLAGGED[name], n)}
 
 
 def relative_error(got, want):

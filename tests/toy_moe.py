@@ -156,3 +156,192 @@ def same(a, b):
 
 def bits(t):
     return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+
+
+class Mlp(nn.Module):
+    """One expert as a module: act(gate(x)) * up(x), then down."""
+
+    def __init__(self, hidden=HIDDEN, intermediate=INTERMEDIATE, bias=False, act_fn=None, dropout=0.0):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(hidden, intermediate, bias=bias) for _ in range(2))
+        self.w2 = nn.Linear(intermediate, hidden, bias=bias)
+        self.act_fn, self.dropout = act_fn or nn.SiLU(), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.w2(self.dropout(self.act_fn(self.w1(x)) * self.w3(x)))
+
+
+class TopK(nn.Module):
+    """A router that chooses by corrected scores and returns what the choice is worth: ids, weights, and its logits."""
+
+    def __init__(self, hidden, num_experts, scale=2.5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, hidden) / hidden**0.5)
+        self.register_buffer("correction", torch.randn(num_experts) * 0.3)
+        self.scale = scale
+
+    def forward(self, x):
+        logits = x.flatten(0, -2).float() @ self.weight.float().T
+        scores = logits.sigmoid()
+        ids = (scores + self.correction).topk(TOP_K, -1).indices
+        weights = scores.gather(-1, ids)
+        return ids, self.scale * weights / weights.sum(-1, keepdim=True), logits
+
+
+class Corrected(nn.Module):
+    """Moves scores, for the choice alone."""
+
+    def __init__(self, num_experts):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, num_experts) * 0.3)
+
+    def forward(self, scores):
+        return scores + self.bias
+
+
+class ListBlock(nn.Module):
+    """A block with a loop over a list of experts, as models write it outside transformers and did inside before."""
+
+    def __init__(self, routing="softmax", normalised=True, shared=None, returns="tuple", noise=0.0, identities=0,
+                 **kwargs):  # fmt: skip
+        super().__init__()
+        self.routing, self.normalised, self.returns, self.noise = routing, normalised, returns, noise
+        experts = [Mlp(**kwargs) for _ in range(EXPERTS)] + [nn.Identity() for _ in range(identities)]
+        self.gate = TopK(HIDDEN, len(experts)) if routing == "module" else nn.Linear(HIDDEN, len(experts), bias=False)
+        self.experts = nn.ModuleList(experts)
+        if routing == "corrected":
+            self.statics = Corrected(len(experts))
+        if shared:
+            self.shared_expert = Mlp(intermediate=48)
+        if shared == "gated":
+            self.shared_expert_gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def route(self, rows):
+        if self.routing == "module":
+            return self.gate(rows)
+        logits = self.gate(rows.to(self.gate.weight.dtype))  # a router may be kept in fp32
+        if self.routing == "topk first":
+            weights, ids = logits.topk(TOP_K, -1)
+            return ids, weights.softmax(-1), logits
+        scores = logits.sigmoid() if self.routing == "sigmoid" else logits.float().softmax(-1)
+        if self.routing == "threshold":  # as many experts as are likely enough
+            return torch.arange(len(self.experts)).expand_as(scores), torch.where(scores > 0.3, scores, 0.0), logits
+        if self.routing == "squared":
+            scores = scores.square()
+        ids = (self.statics(scores) if self.routing == "corrected" else scores).topk(TOP_K, -1).indices
+        weights = scores.gather(-1, ids)
+        return ids, weights / weights.sum(-1, keepdim=True) if self.normalised else weights, logits
+
+    def forward(self, hidden_states):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.training and self.noise:
+            rows = rows * torch.empty_like(rows).uniform_(1 - self.noise, 1 + self.noise)
+        ids, weights, logits = self.route(rows)
+        out = torch.zeros_like(rows)
+        for e in range(len(self.experts)):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, (self.experts[e](rows[token]) * weights[token, slot, None]).to(out.dtype))
+        if hasattr(self, "shared_expert"):
+            y = self.shared_expert(rows)
+            out = out + (self.shared_expert_gate(rows).sigmoid() * y if hasattr(self, "shared_expert_gate") else y)
+        out = out.view(hidden_states.shape)
+        return (out, logits) if self.returns == "tuple" else out
+
+
+class UnflaggedExperts(nn.Module):
+    """Stacks of matrices without the flags of the experts interface, its gate written into its forward."""
+
+    def __init__(self, transposed=False, bias=False, gate="silu", call="topk", identities=0, names=("w13", "w2")):
+        super().__init__()
+        self.num_experts, self.identities, self.transposed = EXPERTS, identities, transposed
+        self.gate, self.call, self.names = gate, call, names
+        if gate == "module":
+            self.activation = nn.GELU()
+        rows = INTERMEDIATE if gate == "relu2" else 2 * INTERMEDIATE
+        sizes = (EXPERTS + identities, rows, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
+        for name, (e, n, k) in zip(names, sizes, strict=True):
+            w = torch.randn(e, n, k) / k**0.5
+            setattr(self, name, nn.Parameter(w.mT.contiguous() if transposed else w))
+            if bias:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(e, n) * 0.3))
+
+    def act(self, h):
+        if self.gate == "relu2":
+            return h.relu().square()
+        if self.gate == "oai":
+            gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+            return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+        gate, up = h.chunk(2, -1)
+        return (nn.functional.silu(gate) if self.gate == "silu" else self.activation(gate)) * up
+
+    def linear(self, name, e, x):
+        w = getattr(self, name)[e]
+        y = x @ (w if self.transposed else w.T)
+        return y + getattr(self, f"{name}_bias")[e] if hasattr(self, f"{name}_bias") else y
+
+    def one(self, e, x):
+        return x if e >= self.num_experts else self.linear(self.names[1], e, self.act(self.linear(self.names[0], e, x)))
+
+    def forward(self, hidden, second, third):
+        ids, weights = (third, second) if self.call == "swapped scores" else (second, third)
+        out = torch.zeros_like(hidden)
+        for t in range(hidden.shape[0]):
+            for a, e in enumerate(ids[t].tolist()):
+                out[t] += self.one(e, hidden[t]) * weights[t, a if self.call == "topk" else e]
+        return out
+
+
+class RowsOfAllExperts(UnflaggedExperts):
+    def forward(self, hidden):
+        each = hidden.view(self.num_experts, -1, HIDDEN)
+        return torch.cat([self.one(e, x) for e, x in enumerate(each)])
+
+
+class Gate(nn.Module):
+    """A router as remote code has it: (B, L, H) -> ids, weights, and an auxiliary loss, in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN) / HIDDEN**0.5)
+        self.alpha = 0.001
+
+    def forward(self, hidden_states):
+        hidden = hidden_states.shape[-1]
+        scores = nn.functional.linear(hidden_states.view(-1, hidden).float(), self.weight.float()).softmax(-1)
+        weights, ids = torch.topk(scores, TOP_K, dim=-1, sorted=False)
+        return ids, weights * 16.0, scores.mean() * self.alpha if self.training else None
+
+
+class SortedBlock(nn.Module):
+    """A block that sorts rows and runs slices of them, as remote code does; in training it takes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(EXPERTS))
+        self.gate = Gate()
+        self.shared_experts = Mlp(intermediate=48)
+
+    def forward(self, hidden_states):
+        identity, shape = hidden_states, hidden_states.shape
+        ids, weights, loss = self.gate(hidden_states)
+        rows = hidden_states.view(-1, shape[-1])
+        if self.training:
+            y = torch.stack([self.experts[e](rows[i // TOP_K]) for i, e in enumerate(ids.flatten().tolist())])
+            y = (y.view(*weights.shape, -1) * weights[..., None]).sum(1).view(shape) + loss
+        else:
+            y = self.sorted(rows, ids, weights).view(shape)
+        return y + self.shared_experts(identity)
+
+    @torch.no_grad()
+    def sorted(self, x, ids, weights):
+        counts = ids.new_zeros((ids.shape[0], len(self.experts))).scatter_(1, ids, 1).sum(0).cpu().numpy()
+        order = ids.view(-1).argsort()
+        tokens, outputs, start = x[order // ids.shape[1]], [], 0
+        for e, n in enumerate(counts):
+            if n:
+                outputs.append(self.experts[e](tokens[start : start + n]))
+                start += n
+        outs = torch.cat(outputs)
+        new = torch.empty_like(outs)
+        new[order] = outs
+        return new.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(-1)).sum(1).type(new.dtype)
