@@ -126,6 +126,7 @@ class Work:
     float_model: nn.Module
     model: nn.Module
     found: dict[str, list[Source]]
+    floats: dict[str, Tensor]
     state: dict[str, Tensor]
     units: list[Unit]
     shards: dict[str, list[str]]
@@ -161,15 +162,17 @@ def _plan(checkpoint: Checkpoint, float_model: Any, model: Any, max_shard_size: 
     for parameter in units:
         if parameter not in found and aliases.get(parameter) in found:
             found[parameter] = found[aliases[parameter]]
-        if parameter not in found:
-            raise ValueError(f"{parameter} is not one parameter of the float model: convert cannot make it from files")
+        lost = [name for names in _float_names(model, parameter) for name in names if name not in found]
+        if lost:
+            raise ValueError(f"{lost[0]}, of which {parameter} is made, is no parameter of the float model")
     split = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     index = {"metadata": {"total_parameters": model.num_parameters(), **split.metadata},
              "weight_map": split.tensor_to_filename}  # fmt: skip
-    return Work(checkpoint, float_model, model, found, state, [Unit(p, tuple(keys)) for p, keys in units.items()],
-                split.filename_to_tensors, index)  # fmt: skip
+    floats = float_model.state_dict()
+    return Work(checkpoint, float_model, model, found, floats, state,
+                [Unit(p, tuple(keys)) for p, keys in units.items()], split.filename_to_tensors, index)  # fmt: skip
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -206,45 +209,77 @@ def _write_shards(work: Work, target: Path, journal: Journal, done: set[str], pr
                 if not open_[shard].missing:
                     open_.pop(shard).finish()
                     journal.add(target / shard)
-            work.checkpoint.close()  # pages of files that were read are given back
     finally:
         for file in open_.values():
             file.abandon()
 
 
+def _float_names(model: nn.Module, parameter: str) -> list[list[str]]:
+    """Float parameters that a stored one is made of: for each part of its rows one, or one for each expert."""
+    name, _, leaf = parameter.rpartition(".")
+    m, weight = model.get_submodule(name), leaf.removesuffix("_bias")
+    if not (isinstance(m, QuantizedExperts) and m.spec.moved and weight in m.weight_names()):
+        return [[parameter]]
+    paths = m.spec.paths(weight)
+    if weight != leaf:
+        paths = tuple(path.removesuffix("weight") + "bias" for path in paths)
+    return [[f"{name}.{path.format(key)}" for key in m.spec.keys or ("",)] if "{}" in path else [f"{name}.{path}"]
+            for path in paths]  # fmt: skip
+
+
 def _make(work: Work, parameter: str) -> dict[str, Tensor]:
     """What is stored for a parameter: {key: tensor}."""
     name, _, leaf = parameter.rpartition(".")
-    m, tensors = work.model.get_submodule(name), work.found[parameter]
+    m, parts = work.model.get_submodule(name), _float_names(work.model, parameter)
     if not (isinstance(m, QuantizedModule) and leaf in m.weight_names()):
-        value = _float(work, parameter, work.state[parameter])
+        if len(parts[0]) > 1 or len(parts) > 1:  # biases, of Linears on their own
+            return {parameter: torch.cat([torch.stack([_float(work, n) for n in names]) for names in parts], -1)}
+        value = _float(work, parts[0][0])
         if isinstance(m, QuantizedExperts) and leaf.endswith("_bias"):
             value = m.spec.canonical_bias(leaf.removesuffix("_bias"), value)
         return {parameter: value}
     stream = Stream(m, name)
     stream.pending = {leaf: stream.pending[leaf]}
-    for s in tensors:
-        _take(stream, leaf, s, work)
-        if s.conversion is not None:  # all of them at once
-            break
+    if isinstance(m, QuantizedExperts) and m.spec.moved:
+        _take_moved(stream, leaf, parts, work)
+    else:
+        for s in work.found[parameter]:
+            _take(stream, leaf, s, work)
+            if s.conversion is not None:  # all of them at once
+                break
     stream.finish()
     q = m._get(leaf)
     m.empty_weight(leaf, "meta")
-    parts = {"": q.qdata.unsqueeze(-1), "_scale": q.scale, "_global_scale": q.global_scale, "_zero_point": q.zero_point}
-    return {f"{parameter}{part}": t for part, t in parts.items() if t is not None}
+    made = {"": q.qdata.unsqueeze(-1), "_scale": q.scale, "_global_scale": q.global_scale, "_zero_point": q.zero_point}
+    return {f"{parameter}{part}": t for part, t in made.items() if t is not None}
+
+
+def _take_moved(stream: Stream, weight: str, parts: list[list[str]], work: Work) -> None:
+    """Quantize a weight that the float model holds under other names: spec.paths, in `parts`."""
+    m, layout = stream.module, stream.module.layouts()[weight]
+    assert isinstance(m, QuantizedExperts)
+    for part, names in enumerate(parts):
+        for i, name in enumerate(names):
+            t = _float(work, name)
+            if len(names) == 1:  # a stack
+                t = t.unflatten(0, (-1, t.shape[0] // m.spec.num_experts)) if m.spec.flat else t
+            for e, one in enumerate(t[: m.spec.num_experts] if len(names) == 1 else t[None], i):
+                w = m.spec.canonical(weight, one)  # (N, K), or (S*N, K)
+                for s, matrix in enumerate(w.unflatten(0, (-1, layout.n))):
+                    stream.write(weight, e, part + s, matrix)
 
 
 def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
     """Quantize one tensor of the checkpoint into its place."""
     if s.conversion is not None:
         tensors = work.found[s.parameter]
-        stream.take_whole(weight, merge(work.float_model, tensors, work.checkpoint.get))
+        _take_whole(stream, weight, merge(work.float_model, tensors, work.checkpoint.get))
         return
     t = work.checkpoint.get(s.key)
     if s.shard is not None and not stream.module.as_stored(weight):
         raise ValueError(f"{s.key}: a matrix of gate or up alone, for {s.parameter}, which is stored transposed")
     if s.expert is None and s.shard is None:
-        stream.take_whole(weight, t)
+        _take_whole(stream, weight, t)
     elif s.shard is None:
         assert s.expert is not None
         stream.take(weight, s.expert, t.mT if _unfused(stream.module, s) else t)
@@ -255,14 +290,24 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
         stream.write(weight, s.expert, s.shard, t)
 
 
+def _take_whole(stream: Stream, weight: str, t: Tensor) -> None:
+    """A weight as the float model holds it; rows of identity experts are left out."""
+    experts = stream.module.layouts()[weight].experts
+    want = stream.module.float_shape(weight)
+    if t.shape != want:
+        raise ValueError(f"{stream.label(weight)} must be {tuple(want)}, got {tuple(t.shape)}")
+    for e, one in enumerate(t[:experts] if experts is not None else t[None]):
+        stream.take(weight, e, one)
+
+
 def _unfused(module: QuantizedModule, s: Source) -> bool:
     """The matrix of a Linear, for a weight that is transposed in memory."""
     return bool(getattr(s, "unfused", False)) and isinstance(module, QuantizedExperts) and module.spec.transposed
 
 
-def _float(work: Work, parameter: str, like: Tensor) -> Tensor:
-    """A parameter that stays float, in the dtype that the model has it in."""
-    tensors = work.found[parameter]
+def _float(work: Work, parameter: str) -> Tensor:
+    """A float parameter, in the dtype that the model has it in."""
+    tensors, like = work.found[parameter], work.floats[parameter]
     if tensors[0].conversion is not None:
         value = merge(work.float_model, tensors, work.checkpoint.get)
     elif tensors[0].expert is None and tensors[0].shard is None:

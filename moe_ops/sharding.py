@@ -30,6 +30,7 @@ from .formats import FORMATS, Codec, Format, QuantizedTensor
 from .storage import carry_over
 
 _ALIGNED = 16  # columns: kernels read 16 bytes at a time
+_BY_ID = ("topk", "items")  # ways to call experts (calls.py)
 _PACKED = 8  # codes that fill whole bytes, and words, whatever their bits
 
 
@@ -139,10 +140,15 @@ def _each(q: QuantizedTensor, fn: Callable[[Tensor], Tensor]) -> QuantizedTensor
     return QuantizedTensor(fn(q.qdata), scale, zero_point, whole, q.codec)
 
 
-def local_ids(topk_ids: Tensor, num_experts: int, ep_rank: int, ep_size: int) -> Tensor:
-    """Ids of the model's experts -> of this rank's, -1 (which contributes zero) for those of other ranks and none."""
+def local_ids(topk_ids: Tensor, num_experts: int, ep_rank: int, ep_size: int, *, identities: int = 0) -> Tensor:
+    """Ids of the model's experts -> of this rank's, -1 (which contributes zero) for those of other ranks and none.
+
+    identities: as many ids after those of experts hand their input on (ExpertsSpec); rank 0 does that.
+    """
     start, stop = _range(num_experts, ep_rank, ep_size)
-    return torch.where((topk_ids >= start) & (topk_ids < stop), topk_ids - start, -1)
+    local = torch.where((topk_ids >= start) & (topk_ids < stop), topk_ids - start, -1)
+    same = (topk_ids >= num_experts) & (topk_ids < num_experts + identities)
+    return torch.where(same, topk_ids - num_experts + stop, local) if identities and ep_rank == 0 else local
 
 
 @torch.no_grad()
@@ -153,23 +159,31 @@ def shard_module(
     """This rank's slice as a module: its outputs, summed over the ranks, are those of `experts`, which stays as it is.
 
     Expert parallel ranks are called with `local_ids`. unit: cut I at its multiples instead of at those of `unit_for`.
-    The down bias is kept by tensor parallel rank 0, others hold frozen zeros. Raises ValueError where a rank would be
-    empty, and under tensor parallelism for experts with a norm after them, or a gate that does not act on each column
-    by itself: their partial outputs do not sum.
+    The down bias is kept by tensor parallel rank 0, others hold frozen zeros; identity experts are rank 0's. Raises
+    ValueError where a rank would be empty, for experts that are not called by ids under expert parallelism, and under
+    tensor parallelism for experts with a norm after them, or a gate that does not act on each column by itself: their
+    partial outputs do not sum.
     """
     if not isinstance(experts, QuantizedExperts):
         raise ValueError(f"shard_module takes QuantizedExperts, got {type(experts).__name__}: quantize_ first")
     spec, fmt = experts.spec, FORMATS[experts.format]
-    if tp_size > 1 and spec.post_norm is not None:
-        raise ValueError(f"{spec.post_norm} needs whole outputs of experts: tensor parallel ranks cannot run it")
+    if tp_size > 1 and (spec.post_norm is not None or not spec.down):
+        what = f"{spec.post_norm} needs whole outputs of experts" if spec.down else f"{spec.up} alone has no sum"
+        raise ValueError(f"{what}: tensor parallel ranks cannot run it")
+    if ep_size > 1 and spec.call not in _BY_ID:
+        raise ValueError(f"experts that are called by {spec.call}, not by ids, cannot be spread over ranks")
     mine = slice(*_range(experts._get(spec.up).qdata.shape[0], ep_rank, ep_size))
     unit = unit_for(fmt, spec.intermediate_size, tp_size) if unit is None else unit
     start, stop = _range(spec.intermediate_size, tp_rank, tp_size, unit)
-    new = carry_over(experts, _new(experts.original_class))
-    new.spec = replace(spec, num_experts=mine.stop - mine.start, intermediate_size=stop - start)
+    new = carry_over(experts, _new(experts.original_class, spec.call))
+    new.spec = replace(
+        spec, num_experts=mine.stop - mine.start, intermediate_size=stop - start, keys=spec.keys[mine],
+        identities=0 if tp_rank or ep_rank else spec.identities,
+    )  # fmt: skip
     new.format = fmt.refined(unit).name if tp_size > 1 else fmt.name
     new.__dict__["num_experts"] = new.spec.num_experts
-    for name, shards, dim in ((spec.up, spec.shards, -2), (spec.down, 1, -1)):
+    for name, shards, _, _ in spec.matrices:
+        dim = -2 if name == spec.up else -1
         part = _each(experts._get(name), lambda t: t[mine])
         new._put(name, shard(part, dim, tp_rank, tp_size, shards=shards, unit=unit))
         if (scale := experts.part(name, "input_scale")) is not None:
@@ -192,7 +206,7 @@ def _check_gate(whole: QuantizedExperts, part: QuantizedExperts, start: int, sto
     h = h.to("cpu" if device.type == "meta" else device, whole.float_dtype)
 
     def run(module: QuantizedExperts, x: Tensor) -> Tensor:
-        own: Any = module._apply_gate if module.spec.gated else module.act_fn
+        own: Any = module.spec.own_gate or (module._apply_gate if module.spec.gated else module.act_fn)
         x = x.flatten(1)
         return own(interleave(x) if module.spec.interleaved else x)
 

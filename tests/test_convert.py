@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import INSTALLED, ROUTED, build
+from tiny_models import INSTALLED, OTHER, ROUTED, build
 from transformers import AutoModelForCausalLM
 
 import moe_ops
@@ -54,7 +54,7 @@ def same_files(got, want, also=()):
     assert [n for n in sorted(names) if (got / n).read_bytes() != (want / n).read_bytes()] == []
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", [*ROUTED, *OTHER])
 def test_every_family(name, folders, tmp_path):
     cls, source = folders(name)
     try:
