@@ -275,6 +275,9 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
         tensors = work.found[s.parameter]
         _take_whole(stream, weight, merge(work.float_model, tensors, work.checkpoint.get))
         return
+    experts = stream.module.layouts()[weight].experts
+    if s.expert is not None and experts is not None and s.expert >= experts:
+        return  # rows of an identity expert, without meaning
     t = work.checkpoint.get(s.key)
     if s.shard is not None and not stream.module.as_stored(weight):
         raise ValueError(f"{s.key}: a matrix of gate or up alone, for {s.parameter}, which is stored transposed")
@@ -284,7 +287,7 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
         assert s.expert is not None
         stream.take(weight, s.expert, t.mT if _unfused(stream.module, s) else t)
     elif s.expert is None:
-        for e, one in enumerate(t):
+        for e, one in enumerate(t[:experts]):
             stream.write(weight, e, s.shard, one)
     else:
         stream.write(weight, s.expert, s.shard, t)

@@ -117,13 +117,28 @@ class _Names:
         original = revert_weight_conversion(self.float_model, {name: state[name] for name in self.parameters})
         self.found = sources(self.float_model, original)
 
+    def owner(self, parameter: str, mine: dict[str, QuantizedModule]) -> str | None:
+        """The quantized experts whose float module has the parameter; None for what is no weight or bias of experts."""
+        for name, m in mine.items():
+            if not isinstance(m, QuantizedExperts) or not parameter.startswith(f"{name}."):
+                continue
+            weights = {f"{name}.{each}" for each, _ in m.spec.floats(self.float_model.get_submodule(name))}
+            if parameter in weights or (m.spec.has_bias and parameter.endswith("bias")):
+                return name
+        return None
+
     def linears(self, module: str, weight: str, m: QuantizedModule) -> list[tuple[str, int | None, int]]:
         """(name of a Linear on disk, expert, shard) of every matrix of a weight."""
-        tensors = self.found[f"{module}.{weight}"]
         if not isinstance(m, QuantizedExperts):
-            return [(tensors[0].key.removesuffix(".weight"), None, 0)]
+            return [(self.found[f"{module}.{weight}"][0].key.removesuffix(".weight"), None, 0)]
         shards = m.spec.shards if weight == m.spec.up else 1
-        if all(s.expert is not None and (s.shard is not None or shards == 1) for s in tensors):
+        if m.spec.keys:  # Linears in the float model, too
+            paths = [f"{module}.{path}" for path in m.spec.paths(weight)]
+            return [(self.found[path.format(key)][0].key.removesuffix(".weight"), e, s)
+                    for e, key in enumerate(m.spec.keys) for s, path in enumerate(paths)]  # fmt: skip
+        tensors = [] if m.spec.moved else self.found[f"{module}.{weight}"]
+        tensors = [s for s in tensors if s.expert is None or s.expert < m.spec.num_experts]
+        if tensors and all(s.expert is not None and (s.shard is not None or shards == 1) for s in tensors):
             return [(s.key.removesuffix(".weight"), s.expert, s.shard or 0) for s in tensors]
         names = _SHARDS if shards == 2 else (weight,)
         return [(f"{module}.{e}.{names[s]}", e, s) for e in range(m.spec.num_experts) for s in range(shards)]
@@ -175,7 +190,7 @@ def _ignored(model: Any, mine: dict[str, QuantizedModule], work: _Names) -> list
     found: dict[str, None] = {}
     for parameter in work.parameters:
         module = parameter.rpartition(".")[0]
-        if module in mine or isinstance(model.get_submodule(module), nn.Embedding):
+        if module in mine or work.owner(parameter, mine) or isinstance(model.get_submodule(module), nn.Embedding):
             continue
         for key, t in work.float(parameter, _get(model, parameter).to("meta")).items():
             if t.ndim == 2 and key.endswith(".weight"):
@@ -186,10 +201,8 @@ def _ignored(model: Any, mine: dict[str, QuantizedModule], work: _Names) -> list
     return list(found | dict.fromkeys(n for n in tied if f"{n}.weight" not in work.parameters))
 
 
-def _matrix(q: QuantizedTensor, expert: int | None, shard: int, shards: int) -> QuantizedTensor:
+def _matrix(q: QuantizedTensor, expert: int, shard: int, shards: int) -> QuantizedTensor:
     """One Linear (N, K) of a weight: codes, scale and global scale."""
-    if expert is None:
-        return q
     qdata = q.qdata[expert].unflatten(0, (shards, -1))[shard]
     scale = None if q.scale is None else q.scale[expert].unflatten(0, (shards, -1))[shard]
     scale = scale[0] if scale is not None and scale.ndim == 1 else scale
@@ -228,31 +241,37 @@ def _all(
     model: nn.Module, mine: dict[str, QuantizedModule], groups: dict[Group, Spelled], work: _Names
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the result, in the order of the model; one weight at a time is taken apart."""
+    done: set[str] = set()
     for parameter in work.parameters:
         module, _, leaf = parameter.rpartition(".")
-        m = mine.get(module)
-        if m is None:
-            yield from work.float(parameter, _get(model, parameter)).items()
-        elif leaf in m.weight_names():
-            shards = m.spec.shards if isinstance(m, QuantizedExperts) and leaf == m.spec.up else 1
-            q = m._get(leaf)
-            _check_globals(parameter, q)
-            for name, expert, shard in work.linears(module, leaf, m):
-                one = _matrix(q, expert, shard, shards)
-                for end, t in (*_tensors(one, groups[_group(m)]), *_inputs(m, leaf, expert)):
+        owner = work.owner(parameter, mine)
+        m = mine.get(module if owner is None else owner)
+        if owner is not None:
+            assert isinstance(m, QuantizedExperts)
+            yield from () if owner in done else _experts(owner, m, groups[_group(m)], work)
+            done.add(owner)
+        elif m is not None and leaf in m.weight_names():
+            for name, _, _ in work.linears(module, leaf, m):
+                for end, t in (*_tensors(m._get(leaf), groups[_group(m)]), *_inputs(m, leaf, None)):
                     yield f"{name}.{end}", t
-        elif isinstance(m, QuantizedExperts):
-            weight = leaf.removesuffix("_bias")
-            bias = _get(model, parameter)
-            for name, expert, shard in work.linears(module, weight, m):
-                shards = m.spec.shards if weight == m.spec.up else 1
-                assert expert is not None
-                yield f"{name}.bias", bias[expert].unflatten(0, (shards, -1))[shard]
         else:
             yield from work.float(parameter, _get(model, parameter)).items()
     for name, scales in (getattr(model, ATTRIBUTE, None) or {}).items():
         for end, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             yield f"{name}.{end}", torch.tensor([float(scale)])
+
+
+def _experts(module: str, m: QuantizedExperts, spelled: Spelled, work: _Names) -> Iterator[tuple[str, Tensor]]:
+    """Linears of a block's experts, one by one."""
+    for weight, shards, _, _ in m.spec.matrices:
+        q, bias = m._get(weight), m._parameters.get(f"{weight}_bias")
+        _check_globals(f"{module}.{weight}", q)
+        for name, expert, shard in work.linears(module, weight, m):
+            assert expert is not None
+            for end, t in (*_tensors(_matrix(q, expert, shard, shards), spelled), *_inputs(m, weight, expert)):
+                yield f"{name}.{end}", t
+            if bias is not None:
+                yield f"{name}.bias", bias.detach()[expert].unflatten(0, (shards, -1))[shard]
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
