@@ -53,7 +53,7 @@ def test_experts_are_what_the_producer_says(name, model):
 
 def test_logits(name, model):
     """Weights only: equal to the dequantized model's. Else as near as the activation format lets them be."""
-    model = copy.deepcopy(model).float()
+    model = copy.deepcopy(model).to(torch.float32)
     got, want = model(IDS).logits, moe_ops.dequantize_(copy.deepcopy(model))(IDS).logits
     error = ((got - want).norm() / want.norm()).item()
     assert error < (FIXTURES[name] or 1e-5)
@@ -77,7 +77,7 @@ def test_logits_of_another_loader(name, settings):
     for n, t in (*want.named_parameters(), *want.named_buffers()):
         if n in names and names[n].shape == t.shape and names[n].dtype == t.dtype and "experts" not in n:
             assert torch.equal(names[n], t), n
-    a, b = got.float()(IDS).logits, want.float().eval()(IDS).logits
+    a, b = got.to(torch.float32)(IDS).logits, want.float().eval()(IDS).logits
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
@@ -155,3 +155,12 @@ def test_summary_says_what_is_float_and_why():
 def test_generation(tmp_path):
     model = moe_ops.load_quantized(w.FIXTURES / "quark_mixtral_mxfp4")
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 16)
+
+
+def test_a_checkpoint_of_our_own(tmp_path):
+    pytest.importorskip("moe_ops.huggingface")
+    model = moe_ops.load_quantized(w.FIXTURES / "openai_gpt_oss_mxfp4")
+    model.save_pretrained(tmp_path)
+    same(moe_ops.load_quantized(tmp_path), model)
+    with pytest.raises(ValueError, match="saved by moe_ops"):
+        moe_ops.load_quantized(tmp_path, model=model)

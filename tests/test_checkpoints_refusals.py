@@ -133,6 +133,7 @@ WRONG = {
                                           torch.zeros(64, 64, dtype=torch.bfloat16)}, "without a scale"),
     "an embedding of another size": (set_to("model.embed_tokens.weight", lambda t: t[:-1].contiguous()),
                                      r"model.embed_tokens.weight is \(127, 64\)"),
+    "codes for a norm": (set_to("model.norm.weight", lambda t: torch.ones(64, dtype=torch.uint8)), "norm.weight is"),
     "codes where the config says float": (set_to("lm_head.weight", lambda t: t.view(torch.uint8)), "lm_head.weight"),
 }  # fmt: skip
 

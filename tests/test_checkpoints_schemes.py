@@ -190,7 +190,7 @@ def test_scheme(case, tmp_path):
     ids = torch.arange(8)[None]
     assert torch.isfinite(model(ids).logits).all()
     if FORMATS[fmt].activation is None:  # weights only: the same model in float, in fp32
-        model = model.float()
+        model = model.to(torch.float32)
         want = moe_ops.dequantize_(copy.deepcopy(model))(ids).logits
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 

@@ -18,7 +18,7 @@ from ..experts import QuantizedExperts
 from ..formats import FORMATS, QuantizedTensor, dequantize_weight, empty_weight
 from ..storage import QuantizedModule
 from .names import Source, merge
-from .place import as_stored, check_values, fitted, put, put_float
+from .place import as_stored, check_float, check_values, fitted, put, put_float
 from .reader import CODES, GLOBAL_SCALE, INPUT_SCALE, SCALE, Reader, Scheme
 
 
@@ -103,7 +103,9 @@ class Filler:
         old = getattr(owner, leaf)
         value = self._room(old.detach())
         if tensors[0].conversion is not None:
-            value.copy_(fitted(merge(model, tensors, self.get), value, tensors[0]))
+            merged = merge(model, tensors, self.get)
+            check_float(merged, value, tensors[0])
+            value.copy_(fitted(merged, value, tensors[0]))
             return value
         quantized = owner.spec if isinstance(owner, QuantizedExperts) else None  # what is float in them are biases
         spec = _spec(owner) if quantized is None and value.ndim > 1 else None

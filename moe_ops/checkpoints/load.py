@@ -23,10 +23,11 @@ from .files import Checkpoint
 from .fill import Filler
 from .kv import ATTRIBUTE, kv_keys, read_kv_scales
 from .names import Names, sources
-from .reader import Reader
+from .reader import Reader, settings
 from .schemes import ALWAYS_FLOAT, Layout, layout, meta_twin
 
 _META = torch.device("meta")
+_OWN = "moe_ops"  # what save_pretrained of a quantized model writes: transformers' loader reads it
 
 
 @torch.no_grad()
@@ -51,6 +52,8 @@ def load_quantized(
     config = checkpoint.json("config.json")
     if config is None:
         raise ValueError(f"{checkpoint.path} has no config.json")
+    if (settings(config) or {}).get("quant_method") == _OWN:
+        return _saved_here(checkpoint, model, device)
     reader = find_reader(config, checkpoint.json)
     if model is not None:
         check_not_compiled(model)
@@ -75,6 +78,16 @@ def load_quantized(
         raise
     setattr(model, ATTRIBUTE, kv)
     return model.eval()
+
+
+def _saved_here(checkpoint: Checkpoint, model: nn.Module | None, device: Any) -> nn.Module:
+    import transformers
+
+    if model is not None:
+        raise ValueError(f"{checkpoint.path} was saved by moe_ops: load it without a model, or use reload_")
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+    return cls.from_pretrained(checkpoint.path, device_map=device).eval()
 
 
 def _build(checkpoint: Checkpoint) -> nn.Module:

@@ -74,6 +74,12 @@ def check_values(value: Tensor, source: Source) -> None:
         raise ValueError(f"{source.key} holds numbers that cannot be a {source.part}: not finite, or not above 0")
 
 
+def check_float(value: Tensor, whole: Tensor, source: Source) -> None:
+    """Codes must not be cast to numbers."""
+    if value.dtype not in FLOATS and value.dtype != whole.dtype:
+        raise ValueError(f"{source.key} is {value.dtype}: codes, of a layer that the config leaves in float")
+
+
 def put_float(whole: Tensor, value: Tensor, source: Source, *, rows: int, interleaved: bool, shards: int) -> None:
     """Copy one float tensor into a parameter whose own layout is not canonical.
 
@@ -81,8 +87,7 @@ def put_float(whole: Tensor, value: Tensor, source: Source, *, rows: int, interl
     interleaved: rows of gate and up alternate in `whole`. A matrix of a single expert's Linear (`source.unfused`) is
     (N, K) whatever the layout in memory; others come in that layout.
     """
-    if value.dtype not in FLOATS and value.dtype != whole.dtype:
-        raise ValueError(f"{source.key} is {value.dtype}: codes, of a layer that the config leaves in float")
+    check_float(value, whole, source)
     place = whole if source.expert is None else whole[source.expert]
     if source.shard is not None and interleaved:
         place = place.unflatten(rows, (-1, shards)).select(rows, source.shard)

@@ -23,11 +23,11 @@ _WEIGHTS = {
 _ACTIVATIONS = {(*key, True): name for key, name in _WEIGHTS.items()} | {
     ("fp8_e4m3", _PER_TENSOR, None, False): "fp8_tensor", ("fp8_e4m3", "per_token", None, True): "fp8",
 }  # fmt: skip
+_CACHE = ("fp8_e4m3", _PER_TENSOR)  # what the outputs of a key or value projection may be
 
 
 def _flat(t: Tensor, codec: Codec) -> Tensor:
     return t.flatten(-2)
-_CACHE = ("fp8_e4m3", _PER_TENSOR)  # what the outputs of a key or value projection may be
 
 
 class Quark(Reader):
