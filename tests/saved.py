@@ -1,6 +1,10 @@
-"""Models on disk and what they hold, for tests of loading and saving."""
+"""Models on disk and what they hold, for tests of loading and saving.
+
+    python tests/saved.py FOLDER    writes what is kept in data/saved, with numbers that do not depend on the version
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import tiny_models as tiny
@@ -63,3 +67,31 @@ def assert_same(got, want):
     for key, t in want.items():
         assert got[key].dtype == t.dtype and got[key].shape == t.shape, key
         assert torch.equal(raw(got[key]), raw(t)), key
+
+
+# One format of each way to store codes and scales, and one module that is in float.
+KEPT = {
+    "qwen3_moe": {
+        "experts": "mxfp4", "model.layers.1.mlp.experts": "nvfp4", "linear": "fp8", "*.k_proj": "mxfp8",
+        "*.v_proj": "int8", "*.o_proj": "int4_g32", "model.layers.0.self_attn.q_proj": None,
+    },
+    "gpt_oss": {
+        "experts": "mxfp6_e2m3", "model.layers.1.mlp.experts": "fp8_tensor", "linear": "fp8_block", "*.k_proj": "bf16",
+    },
+}  # fmt: skip
+
+
+@torch.no_grad()
+def write_kept(path):
+    for name, formats in KEPT.items():
+        model = tiny.build(name, vocab_size=128).to(torch.bfloat16)
+        for key, p in sorted(model.named_parameters()):
+            numbers = torch.arange(p.numel(), dtype=torch.float64) * (1 + sum(map(ord, key)) % 97)
+            p.copy_(0.1 * torch.sin(numbers).view(p.shape) + (1.0 if key.endswith("norm.weight") else 0.0))
+        moe_ops.quantize_(model, formats).save_pretrained(path / name)
+        (path / name / "generation_config.json").unlink(missing_ok=True)
+        (path / name / "expected.json").write_text(json.dumps(tiny.run(model)[0, :, :8].float().tolist()))
+
+
+if __name__ == "__main__":
+    write_kept(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ the model that was saved.
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import saved
@@ -24,19 +25,22 @@ LAYOUTS = ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "muse_spark", "aria"
 INFO = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-def routed(name):
+def save_routed(name, path, dtype=torch.bfloat16):
+    """The family's model in a folder; returns its class, or skips where that does not carry the flags yet."""
     if name not in tiny.INSTALLED:
         pytest.skip("not in this transformers")
-    if not tiny.routed_experts(tiny.build(name)):
+    model = tiny.build(name).to(dtype)
+    if not tiny.routed_experts(model):
         pytest.skip("not decorated in this transformers")
+    model.save_pretrained(path)
+    return type(model)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.ROUTED)
 def test_every_family_loads_quantized(name, tmp_path):
     """Bit for bit what quantize_ makes of the float model; saved and loaded it is still the same."""
-    routed(name)
-    cls = save(name, tmp_path / "float")
+    cls = save_routed(name, tmp_path / "float")
     want = moe_ops.quantize_(load(cls, tmp_path / "float"), "fp8")
     got, info = load(cls, tmp_path / "float", "fp8", output_loading_info=True)
     assert not any(info[key] for key in INFO)
@@ -52,8 +56,7 @@ def test_every_family_loads_quantized(name, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n in tiny.ROUTED])
 def test_outputs_are_those_of_the_quantized_model(name, tmp_path):
-    routed(name)
-    cls = save(name, tmp_path, torch.float32)
+    cls = save_routed(name, tmp_path, torch.float32)
     want = tiny.run(moe_ops.quantize_(load(cls, tmp_path, dtype=torch.float32), "int8"))
     got = load(cls, tmp_path, "int8", dtype=torch.float32)
     assert torch.equal(tiny.run(got), want)
@@ -189,6 +192,8 @@ def test_dtypes_and_places(tmp_path):
     for device_map in ("cpu", "auto", {"": "cpu"}):
         got = load(cls, tmp_path / "float", "fp8", device_map=device_map)
         assert_same(got, load(cls, tmp_path / "float", "fp8"))
+    quantizer = type(got.hf_quantizer)(MoeOpsConfig(dtype="bfloat16"), pre_quantized=True)
+    assert quantizer.update_dtype(torch.float8_e4m3fn) == torch.bfloat16  # of a model whose first parameter is codes
     with pytest.raises(ValueError, match="ops compute in"):
         load(cls, tmp_path / "float", "fp8", dtype=torch.float64)
     offloaded = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
@@ -275,9 +280,21 @@ def test_quantize_says_so_and_dequantize_takes_it_back(tmp_path):
     clone.save_pretrained(tmp_path / "codes")
     assert_same(load(cls, tmp_path / "codes"), clone)
     streamed = load(cls, tmp_path / "float", "fp8")
-    assert streamed.dequantize() is streamed and not getattr(streamed, "is_quantized", False)
+    assert streamed.dequantize(torch.float32) is streamed and streamed.dtype == torch.float32
+    assert not getattr(streamed, "is_quantized", False)
     streamed.save_pretrained(tmp_path / "float8")
-    assert_same(load(cls, tmp_path / "float8"), streamed)
+    assert_same(load(cls, tmp_path / "float8", dtype=torch.float32), streamed)
+
+
+def test_a_config_may_be_used_twice(tmp_path):
+    """What it is given is left as it was; models do not share what they say of themselves."""
+    config = MoeOpsConfig("fp8")
+    before, models = config.to_dict(), []
+    for name, layers in (("qwen3_moe", 2), ("qwen3_moe", 1)):
+        cls = save(name, tmp_path / str(layers), num_hidden_layers=layers)
+        models.append(cls.from_pretrained(tmp_path / str(layers), quantization_config=config))
+    assert config.to_dict() == before
+    assert [len(m.config.quantization_config.modules) for m in models] == [10, 5]
 
 
 def test_a_module_quantized_by_itself_is_saved_as_quantized(tmp_path):
@@ -309,3 +326,20 @@ def test_generate_and_compile(tmp_path):
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(tiny.run(compiled, **tiny.inputs(model)), tiny.run(model), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "data" / "saved").iterdir()), ids=lambda p: p.name)
+def test_a_checkpoint_of_every_version(folder, tmp_path):
+    """Written by 5.17 and 5.23 to the same bytes (saved.py says how): each reads them, and writes them again."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert len(set(said["modules"].values())) > 2
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == said
+    (kept,) = saved.tensors(tmp_path).values()
+    codes = {key for key in kept if key.removesuffix(".weight").endswith("_proj")}
+    assert codes and all(kept[key].shape[-1] == 1 for key in codes if kept[key].element_size() == 1)
+    want = torch.tensor(json.loads((folder / "expected.json").read_text()))
+    torch.testing.assert_close(tiny.run(model)[0, :, :8].float(), want, rtol=0.05, atol=0.02)

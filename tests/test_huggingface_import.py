@@ -87,13 +87,20 @@ def test_public_name():
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.16.9"])
 def test_an_old_transformers_is_named(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)  # which is not always what was imported
     config = moe_ops.MoeOpsConfig
     with pytest.raises(ImportError, match=f"needs transformers 5.17 or later, this is {version}.*quantize_"):
         config("fp8")
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", {})
     huggingface.install()
     assert not auto.AUTO_QUANTIZER_MAPPING
+
+
+def test_without_transformers(monkeypatch):
+    """The name is there, as `from moe_ops import *` needs, and says what it lacks."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="MoeOpsConfig needs transformers"):
+        moe_ops.MoeOpsConfig("fp8")
 
 
 def test_experts_are_registered():

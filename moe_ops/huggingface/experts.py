@@ -55,6 +55,9 @@ def spec_of(module: nn.Module) -> ExpertsSpec:
             f"{type(module).__name__}.{spec.up} is {getattr(module, spec.up).dtype}: the implementation {NAME!r} runs"
             f" {', '.join(map(str, FLOATS))}"
         )
+    from .. import lowering
+
+    lowering.register()
     module.__dict__[_SPEC] = spec
     return spec
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -35,7 +36,7 @@ class MoeOpsQuantizer(HfQuantizer):
     quantization_config: MoeOpsConfig
 
     def __init__(self, quantization_config: MoeOpsConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # it comes to describe this model
         self.problems: list[str] = []
         self._streams: dict[str, tuple[Stream, str]] = {}
         self._expected: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {}
@@ -209,7 +210,8 @@ class MoeOpsQuantizer(HfQuantizer):
         return disk.state(model), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return dequantize_(model)
+        dequantize_(model)
+        return model if dtype in (None, model.config.dtype) else model.to(dtype)
 
     def is_serializable(self) -> bool:
         return True
