@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from toy_moe import EXPERTS, HIDDEN, INTERMEDIATE, ListBlock, Mlp, SortedBlock, bits
+from toy_moe import EXPERTS, HIDDEN, ListBlock, Mlp, SortedBlock, bits
 from toy_moe import relative_error as rel
 
 from moe_ops import QuantizedExperts, QuantizedLinear, dequantize_, quantize_, summary
@@ -23,6 +23,8 @@ BLOCKS = {
     "corrected for the choice": {"routing": "corrected"},
     "shared, weighed": {"shared": "gated", "returns": "tensor"},
     "biases": {"bias": True},
+    "a factor beside the router": {"factor": 2.5, "shared": "added", "routing": "sigmoid"},
+    "squares": {"intermediate": HIDDEN},
     "identities": {"identities": 2},
     "gelu": {"act_fn": nn.GELU()},
     "own activation": {"act_fn": nn.Softsign(), "routing": "module"},
@@ -50,7 +52,7 @@ def test_lists_of_experts(kind):
     new = quantize_(copy.deepcopy(old), {"experts": "fp8/bf16"})
     assert isinstance(new, RoutedBlock) and isinstance(new, ListBlock)
     assert isinstance(new.experts, QuantizedExperts) and isinstance(new.experts, nn.ModuleList)
-    assert len(new.experts) == EXPERTS and new.experts.gate_up_proj.shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN)
+    assert len(new.experts) == EXPERTS and new.experts.gate_up_proj.shape[::2] == (EXPERTS, HIDDEN)
     assert [r.name for r in summary(new).rows if r.format] == ["experts"]
 
     floats = dequantize_(copy.deepcopy(new))
@@ -133,7 +135,10 @@ def test_what_is_other_in_training_is_not_computed_in_silence():
 
 def test_dropout_between_the_projections():
     """Only in training, and then its mean is what comes without."""
-    new = quantize_(block(dropout=0.5), {"experts": "fp8/bf16"})
+    old = block(dropout=0.5).train()  # what is read does not depend on it
+    new = quantize_(old, {"experts": "fp8/bf16"})
+    assert isinstance(new, RoutedBlock) and new.training and new.experts.spec.dropout == 0.5
+    new.eval()
     plain = quantize_(block(), {"experts": "fp8/bf16"})
     with torch.no_grad():
         want = plain(rows())[0]
@@ -164,6 +169,27 @@ class Mixed(Mlp):
         return super().forward(x) + x
 
 
+class Backwards(nn.Module):
+    """Square, without a gate, its Linears held in the other order than they run in."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().square())
+
+
+class DroppedLater(Mlp):
+    """Its dropout is of the output, and not between the projections."""
+
+    def __init__(self):
+        super().__init__(dropout=0.1)
+
+    def forward(self, x):
+        return self.dropout(self.w2(self.act_fn(self.w1(x)) * self.w3(x)))
+
+
 @torch.no_grad()
 def test_experts_are_compared_before_they_are_believed():
     old = block()
@@ -171,7 +197,11 @@ def test_experts_are_compared_before_they_are_believed():
     new = quantize_(copy.deepcopy(old), {"experts": "fp8/bf16"})
     assert new.experts.spec.gate is None
     torch.testing.assert_close(new(rows())[0], dequantize_(copy.deepcopy(new))(rows())[0], rtol=1e-4, atol=1e-5)
-    for kind in (Normed, Mixed):
+    old.experts = nn.ModuleList(Backwards() for _ in range(EXPERTS))
+    new = quantize_(copy.deepcopy(old), {"experts": "fp8/bf16"})
+    assert isinstance(new, RoutedBlock) and new.experts.spec.gate.activation == "relu2"
+    torch.testing.assert_close(new(rows())[0], dequantize_(copy.deepcopy(new))(rows())[0], rtol=1e-4, atol=1e-5)
+    for kind in (Normed, Mixed, DroppedLater):
         old.experts = nn.ModuleList(kind() for _ in range(EXPERTS))
         new = quantize_(copy.deepcopy(old), {"experts": "fp8"})
         assert type(new) is ListBlock and isinstance(new.experts[0].w1, QuantizedLinear)

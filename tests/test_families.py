@@ -78,6 +78,18 @@ def test_ids_of_other_devices_contribute_zero(name):
     torch.testing.assert_close(got, m(x, ids, torch.where(ids < 2, weights, 0.0)), rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_tokens_beyond_the_capacity_of_an_expert():
+    """A router that drops them hands in rows of zeros instead of a one-hot id."""
+    new, floats = pair("switch_transformers", "fp8/bf16")
+    q, own = experts("switch_transformers", new), experts("switch_transformers", floats)
+    x, weights = rows(8), torch.rand(8, 1) + 0.1
+    mask = torch.nn.functional.one_hot(torch.arange(8)[:, None] % 4, 4)
+    mask[2:4] = 0
+    torch.testing.assert_close(q(x, mask, weights), own(x, mask, weights), rtol=1e-4, atol=1e-5)
+    assert not q(x, mask, weights)[2:4].any()
+
+
 # ---- weights on the input
 
 

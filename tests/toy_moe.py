@@ -203,9 +203,10 @@ class ListBlock(nn.Module):
     """A block with a loop over a list of experts, as models write it outside transformers and did inside before."""
 
     def __init__(self, routing="softmax", normalised=True, shared=None, returns="tuple", noise=0.0, identities=0,
-                 **kwargs):  # fmt: skip
+                 factor=1, **kwargs):  # fmt: skip
         super().__init__()
-        self.routing, self.normalised, self.returns, self.noise = routing, normalised, returns, noise
+        self.routing, self.normalised, self.returns = routing, normalised, returns
+        self.noise, self.factor = noise, factor
         experts = [Mlp(**kwargs) for _ in range(EXPERTS)] + [nn.Identity() for _ in range(identities)]
         self.gate = TopK(HIDDEN, len(experts)) if routing == "module" else nn.Linear(HIDDEN, len(experts), bias=False)
         self.experts = nn.ModuleList(experts)
@@ -241,6 +242,7 @@ class ListBlock(nn.Module):
         for e in range(len(self.experts)):
             token, slot = torch.where(ids == e)
             out.index_add_(0, token, (self.experts[e](rows[token]) * weights[token, slot, None]).to(out.dtype))
+        out = out * self.factor
         if hasattr(self, "shared_expert"):
             y = self.shared_expert(rows)
             out = out + (self.shared_expert_gate(rows).sigmoid() * y if hasattr(self, "shared_expert_gate") else y)

@@ -6,6 +6,7 @@ T tokens, A experts per token, E experts, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +36,8 @@ def error_of(spec: ExpertsSpec, module: nn.Module) -> float | None:
         want = run(spec, module, x, ids, weights)
         if not bool(torch.isfinite(want).all()) or not bool(want.any()):
             return None
-        errors = [_compare(spec, module, args, want) for args in to_calls(spec, x, ids, weights)]
-        return min(errors)
+        with _evaluating(module):
+            return min(_compare(spec, module, args, want) for args in to_calls(spec, x, ids, weights))
 
 
 def small(spec: ExpertsSpec, module: nn.Module, error: float) -> bool:
@@ -67,6 +68,19 @@ def to_calls(spec: ExpertsSpec, x: Tensor, ids: Tensor, weights: Tensor) -> list
         sizes = torch.bincount(ids.flatten(), minlength=spec.num_experts)
         return [(x, sizes.tolist()), (x, sizes)]
     return [(x, ids, weights)]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout: what trains goes on training afterwards."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def _compare(spec: ExpertsSpec, module: nn.Module, args: tuple, want: Tensor) -> float:
