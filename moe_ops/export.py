@@ -195,8 +195,9 @@ def _ignored(model: Any, mine: dict[str, QuantizedModule], work: _Names) -> list
         for key, t in work.float(parameter, _get(model, parameter).to("meta")).items():
             if t.ndim == 2 and key.endswith(".weight"):
                 found[key.removesuffix(".weight")] = None
-            elif t.ndim == 3:
-                found[rf"re:{re.escape(key.rpartition('.')[0])}\..*"] = None
+            elif t.ndim > 2:  # a stack, of what might be Linears
+                owner, _, leaf = key.rpartition(".")
+                found[rf"re:{re.escape(owner)}\.(\d+\.)?{re.escape(leaf)}$"] = None
     tied = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in mine]
     return list(found | dict.fromkeys(n for n in tied if f"{n}.weight" not in work.parameters))
 

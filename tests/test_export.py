@@ -22,7 +22,8 @@ from moe_ops.storage import QuantizedModule
 pytestmark = [pytest.mark.swap, pytest.mark.filterwarnings("ignore:.*global scales of their own")]
 SPELLED = [name for name, f in FORMATS.items() if spell(f)]
 SIZE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
-FAMILIES = [n for n in ("qwen3_moe", "gpt_oss", "mixtral", "granitemoe", "qwen2_moe", "olmoe") if n in INSTALLED]
+FAMILIES = [n for n in ("qwen3_moe", "gpt_oss", "mixtral", "granitemoe", "qwen2_moe", "olmoe", "deepseek_v2", "llama4",
+                         "step3p7") if n in INSTALLED]
 
 
 def quantized(name="qwen3_moe", format="fp8", **options):
@@ -85,7 +86,10 @@ def test_their_decompressor_reads_the_weights(format, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_reader_reads_every_family(name, format, tmp_path):
     """Stacked, transposed, interleaved, with biases: the same codes come back."""
-    model = quantized(name, format)
+    try:
+        model = quantized(name, format)
+    except (ValueError, TypeError):  # this family's sizes have other names
+        model = moe_ops.quantize_(build(name).to(torch.bfloat16), format)
     exported(model, tmp_path / "out")
     got = moe_ops.load_quantized(tmp_path / "out")
     left, right = model.state_dict(), got.state_dict()

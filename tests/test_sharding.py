@@ -1,5 +1,7 @@
 """Slices of experts: what ranks hold is bit for bit what the whole holds, and what they compute sums to the whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy_moe import LAYOUTS, OwnGateExperts, bits, call_args, experts, relative_error
@@ -253,3 +255,27 @@ def test_kernels_run_slices(name, ranks):
     with use_backend("triton"):
         got = part.to(device)(x.to(device, dtype), ids.to(device), weights.to(device)).cpu()
     assert relative_error(got, want) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2), (2, 2)])
+def test_identity_experts_are_counted_once(tp, ep):
+    """Ids behind those of experts hand their input on, on one rank only."""
+    module = whole("int8", 64)
+    module.spec = replace(module.spec, identities=3)
+    x, ids, weights = args()
+    ids[:4, 0] = torch.tensor([EXPERTS, EXPERTS + 2, EXPERTS + 3, -1])  # two identities, two of nobody
+    parts = [(e, shard_module(module, t, tp, ep_rank=e, ep_size=ep)) for t in range(tp) for e in range(ep)]
+    got = sum(p(x, local_ids(ids, EXPERTS, e, ep, identities=3), weights) for e, p in parts)
+    assert relative_error(got, module(x, ids, weights)) < 1e-6
+    plain = whole("int8", 64)(x, torch.where(ids < EXPERTS, ids, -1), weights)
+    assert torch.allclose((got - plain)[0], x[0] * weights[0, 0], atol=1e-5)
+
+
+def test_ways_to_call_that_ranks_cannot_share():
+    module = whole("int8", 64)
+    module.spec = replace(module.spec, call="dense")
+    with pytest.raises(ValueError, match="called by dense, not by ids"):
+        shard_module(module, ep_rank=0, ep_size=2)
+    module.spec = replace(module.spec, call="topk", down="")
+    with pytest.raises(ValueError, match="gate_up_proj alone has no sum"):
+        shard_module(module, 0, 2)
