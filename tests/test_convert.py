@@ -151,9 +151,11 @@ def test_kill_and_retry(moment, folders, tmp_path):
             AutoModelForCausalLM.from_pretrained(target)
     assert any("interrupted" in p for p in inspect(target).problems)
     whole = {f: f.stat().st_mtime_ns for f in target.glob("*.safetensors")}
+    content = {f: f.read_bytes() for f in whole}
     journal = json.loads((target / tensor_files.JOURNAL).read_text())["done"]
     convert(source, target, "fp8", max_shard_size=SHARD)
     assert all(f.stat().st_mtime_ns == t for f, t in whole.items() if f.name in journal)  # not made again
+    assert all(f.read_bytes() == data for f, data in content.items())  # what has its name is whole
     same_files(target, reference(cls, source, tmp_path / "want", "fp8"), ["tokenizer.json"])
 
 
