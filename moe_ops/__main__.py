@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="SRC", help="folder of a float checkpoint")
     p.add_argument("target", metavar="DST", help="folder to write; interrupted, the same command goes on")
     p.add_argument("--format", action="append", metavar="NAME|PATTERN=NAME", help="a format, or patterns of modules"
-                   " with theirs ('experts=mxfp4' 'linear=none'); default fp8")  # fmt: skip
+                   " with theirs ('experts=int8' 'linear=none'); default fp8")  # fmt: skip
     p.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                    help="name, glob or re:... of what stays in float")
     p.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="as for save_pretrained (default 5GB)")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.kv import ATTRIBUTE
-from .checkpoints.names import sources
+from .checkpoints.names import Names, sources
 from .experts import QuantizedExperts
 from .export_words import Spelled, spell
 from .formats import FORMATS, QuantizedTensor
@@ -38,7 +38,8 @@ def export_compressed_tensors(model: nn.Module, path: str | Path, *, max_shard_s
     """Write a quantized transformers model into the new folder `path`.
 
     Raises ValueError, before anything is written, for a model that is not transformers' or holds nothing quantized, for
-    a folder that is not empty, and for formats that the layout has no words for (it lists those that it has). Warns
+    a folder that is not empty, for formats that the layout has no words for (it lists those that it has), and for
+    families whose experts have no names one by one. Warns
     where gate and up have unequal global scales: compressed-tensors reads them, engines that fuse both keep one.
     """
     path = Path(path)
@@ -141,6 +142,11 @@ class _Names:
         if tensors and all(s.expert is not None and (s.shard is not None or shards == 1) for s in tensors):
             return [(s.key.removesuffix(".weight"), s.expert, s.shard or 0) for s in tensors]
         names = _SHARDS if shards == 2 else (weight,)
+        if not Names(self.float_model).locate(f"{module}.0.{names[0]}.weight"):
+            raise ValueError(
+                f"{module}.{weight}: the checkpoints of this family hold experts in stacks of their own, readers know"
+                " no names for single ones; quantize all but the experts, or use save_pretrained"
+            )
         return [(f"{module}.{e}.{names[s]}", e, s) for e in range(m.spec.num_experts) for s in range(shards)]
 
     def float(self, parameter: str, t: Tensor) -> dict[str, Tensor]:

@@ -181,6 +181,13 @@ def test_refusals(tmp_path):
         export(tmp_path / "float", tmp_path / "out")
 
 
+@pytest.mark.skipif("dbrx" not in INSTALLED, reason="not in this transformers")
+def test_experts_without_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="readers know no names for single ones"):
+        export_compressed_tensors(moe_ops.quantize_(build("dbrx"), "fp8"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_words_follow_from_what_a_codec_is():
     """A format of the same parts under a name of its own, and one that the layout has no block for."""
     w = FORMATS["fp8_block"].weight
