@@ -218,6 +218,38 @@ def test_scales_of_fp8_attention_are_named(tmp_path):
         load(tmp_path, s.quark(s.spec("fp4"), None), MX4, **{f"{ATTENTION}.q_scale": torch.tensor(1.0)})
 
 
+class Mlp(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = torch.nn.Linear(64, 96, bias=False), torch.nn.Linear(96, 64, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x).relu())
+
+
+def plain_checkpoint(tmp_path, model):
+    tensors, values = w.quantized(model.state_dict(), MX4)
+    return w.write(tmp_path, BASE, tensors, s.quark(s.spec("fp4"), None)), values
+
+
+def test_a_model_in_plain_pytorch(tmp_path):
+    """No transformers in it: names are what they are."""
+    path, values = plain_checkpoint(tmp_path, torch.nn.ModuleDict({"mlp": Mlp(), "norm": torch.nn.LayerNorm(64)}))
+    model = torch.nn.ModuleDict({"mlp": Mlp(), "norm": torch.nn.LayerNorm(64)})
+    w.assert_values(moe_ops.load_quantized(path, model=model), values)
+    x = torch.randn(3, 64)
+    want = (x @ values["mlp.up_proj"].T).relu() @ values["mlp.down_proj"].T
+    torch.testing.assert_close(model["mlp"](x), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_experts_that_no_rule_reads_are_not_expanded(tmp_path):
+    """A list of experts: in float they would take four times the memory, in silence."""
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([Mlp(), Mlp()])})
+    path, _ = plain_checkpoint(tmp_path, model)
+    with pytest.raises(ValueError, match=r"experts.0.down_proj is within a block of experts whose layout"):
+        moe_ops.load_quantized(path, model=model)
+
+
 def test_tied_embeddings(tmp_path):
     tensors, values = w.quantized(w.float_tensors(BASE), MX4)
     del tensors["lm_head.weight"]

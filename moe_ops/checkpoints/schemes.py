@@ -12,6 +12,8 @@ from torch import nn
 
 from ..quantize import skeleton_
 from ..rules import parse
+from ..storage import QuantizedModule
+from ..summary import _LEFT
 from ..targets import plan
 from .files import Checkpoint
 from .names import Source
@@ -34,7 +36,12 @@ class Layout:
         for parameter, scheme in self.schemes.items():
             formats.setdefault(scheme.format, set()).add(parameter.rpartition(".")[0])
         patterns = {_any_of(modules): name for name, modules in formats.items()}
-        return skeleton_(model, patterns)
+        skeleton_(model, patterns)
+        seen = {r.name for r in model.__dict__.get(_LEFT, ())}
+        for module in sorted(m for modules in formats.values() for m in modules):
+            if module not in seen and not isinstance(model.get_submodule(module), QuantizedModule):
+                raise ValueError(f"{module} is within a block of experts whose layout no rule reads: it would be float")
+        return model
 
 
 def layout(model: nn.Module, checkpoint: Checkpoint, reader: Reader, found: Mapping[str, list[Source]]) -> Layout:
