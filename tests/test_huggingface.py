@@ -352,4 +352,7 @@ def test_experts_that_do_not_hold_their_weights(tmp_path, monkeypatch):
     cls = save("qwen3_moe", tmp_path)
     want = load(cls, tmp_path, "mxfp4")
     monkeypatch.setattr(quantizer, "_owns_its_weights", lambda target: target.spec is None)
-    assert_same(load(cls, tmp_path, "mxfp4"), want)
+    got = load(cls, tmp_path, "mxfp4")
+    assert_same(got, want)
+    got.save_pretrained(tmp_path / "codes")
+    assert_same(load(cls, tmp_path / "codes"), want)

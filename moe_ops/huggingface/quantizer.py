@@ -81,8 +81,9 @@ class MoeOpsQuantizer(HfQuantizer):
         _raise(found.problems)
         remember_left(model, found.left)
         self._model, self._float_experts = model, [row.name for row in found.left if row.kind == "experts"]
-        self._late = [t for t in found.targets if not _owns_its_weights(t)]
-        replace_([t for t in found.targets if _owns_its_weights(t)], self.quantization_config.backend)
+        now = [self.pre_quantized or _owns_its_weights(t) for t in found.targets]
+        self._late = [t for t, ready in zip(found.targets, now, strict=True) if not ready]
+        replace_([t for t, ready in zip(found.targets, now, strict=True) if ready], self.quantization_config.backend)
         dtypes = model._get_dtype_plan(model.config.dtype)
         for name, m in streams(model):
             self._in_fp32(name, m, dtypes)
