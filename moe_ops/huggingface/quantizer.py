@@ -171,7 +171,7 @@ class MoeOpsQuantizer(HfQuantizer):
             codes = [f"{name}.{key}" for name, m in streams(model) for key in m._parameters if disk.is_code(m, key)]
             want = {key: (t.dtype, t.shape) for key, t in model.state_dict().items()}
             return sources.check_codes(found, stored, want, codes, _saved(model))
-        experts_of = {name: s.module.layouts()[weight].experts for name, (s, weight) in self._streams.items()}
+        experts_of = {name: s.experts_stored(weight) for name, (s, weight) in self._streams.items()}
         inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
         state = {k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in inside))}
         floats = tuple(f"{name}." for name in self._float_experts)
