@@ -49,6 +49,8 @@ class RoutedBlock(nn.Module):
 
 def put(parent: nn.Module, key: str, new: nn.Module, routing: Routing | None) -> None:
     """parent.key = new, and with it, in one step, the class of the parent: routed, or its own again."""
+    if isinstance(new, QuantizedExperts) and new.spec.moved:
+        parent.__dict__["_is_hf_initialized"] = True  # transformers' initialisers reach for children that are gone
     around = isinstance(parent, RoutedBlock) and parent._moe_ops_routing.experts == key
     if routing is not None and not around:
         _become(parent, _routed_class(_class_of(parent)), key, new, {_ROUTING: routing})

@@ -256,3 +256,21 @@ def test_reading_without_weights(name):
     assert [(n, type(m)) for n, m in empty.named_modules()] == [(n, type(m)) for n, m in with_weights.named_modules()]
     want = {n: (p.shape, p.dtype) for n, p in with_weights.named_parameters()}
     assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in tiny.UNFLAGGED if n in tiny.OTHER and n != "longcat_flash"])
+def test_loaded_quantized_and_saved(name, tmp_path):
+    """Streamed from a float checkpoint as quantized in memory; and from what it saves, bit for bit."""
+    from moe_ops.huggingface import MoeOpsConfig
+
+    model = built(name)
+    model.save_pretrained(tmp_path / "float")
+    want = moe_ops.quantize_(copy.deepcopy(model), "fp8").state_dict()
+    config = MoeOpsConfig("fp8")
+    loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=config, dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "quantized")
+    for m in (loaded, type(model).from_pretrained(tmp_path / "quantized")):
+        got = m.state_dict()
+        assert set(got) == set(want)
+        assert all(torch.equal(got[k].view(torch.uint8), v.view(torch.uint8)) for k, v in want.items())
