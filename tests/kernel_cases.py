@@ -32,7 +32,8 @@ CODECS = list(dict.fromkeys(f.activation.name for f in FORMATS.values() if f.act
 TILES = {
     "small": (16, 32, 32, 4, 2), "large": (64, 64, 64, 4, 2, False, 4), "swap": (16, 64, 64, 4, 2, True),
     "short": (32, 64, 64, 4, 2, False, 1, 16), "step": (16, 64, 128, 4, 2), "step_swap": (16, 64, 128, 4, 2, True),
-    "step_large_swap": (64, 64, 128, 4, 2, True), "table": None,
+    "step_large_swap": (64, 64, 128, 4, 2, True), "parts": (16, 64, 128, 4, 2, False, 1, 0, 3),
+    "parts_swap": (32, 64, 64, 4, 2, True, 1, 0, 2), "table": None,
 }  # fmt: skip
 GATES = {
     "none": {"activation": "none"},

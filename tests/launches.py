@@ -5,7 +5,7 @@ so that every (plan, gate, tile) of an architecture occurs, and bias, format and
 """
 
 import itertools
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import aot
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import moe_ops.kernels.arrange as arrange_kernels
+import moe_ops.kernels.parts as parts_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
 from moe_ops.activation import Gate
@@ -101,6 +102,7 @@ def record(case, pick=None) -> list:
     """(kernel, arguments, options) of the launches of a case; `pick(kind)` gives the configuration."""
     owners = {
         arrange_kernels: ("_arrange_kernel",),
+        parts_kernels: ("_add_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
@@ -176,8 +178,8 @@ def listed(arch: int) -> set[tuple]:
 
 
 def entries_of(entries: Table) -> list[Config]:
-    """The configurations of a table and the narrower ones that some of them turn into."""
-    return [c for config in entries.values() for c in ([config, config.narrowed()] if config.few else [config])]
+    """The configurations of a table as they are used: whole, and in parts of K where that may be."""
+    return [replace(c, parts=p, programs=0) for c in entries.values() for p in ((1, c.parts) if c.programs else (1,))]
 
 
 def others(arch: int) -> list[Other]:

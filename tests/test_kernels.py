@@ -241,9 +241,9 @@ LAYERS = {
 
 
 def layer_shows(case):
-    """Every format, and every way to store weights and activations in every kind of layer."""
-    fmt, kind = FORMATS[case["name"]], case["kind"]
-    return {case["name"], (fmt.weight.name, kind), (fmt.activation, kind)}
+    """Every format, every way to store weights and activations in every kind of layer, and every weight in parts."""
+    fmt, kind, tile = FORMATS[case["name"]], case["kind"], case["tile"]
+    return {case["name"], (fmt.weight.name, kind), (fmt.activation, kind), (fmt.weight.name, tile), (kind, tile)}
 
 
 def layer_for(name, experts, hidden, intermediate, **options):
@@ -252,7 +252,8 @@ def layer_for(name, experts, hidden, intermediate, **options):
 
 
 @pytest.mark.parametrize("case", pairwise.fewest(
-    [{"name": name, "kind": kind} for name in FORMATS for kind in LAYERS], layer_shows), ids=ids_of)  # fmt: skip
+    [{"name": n, "kind": kind, "tile": tile} for n in FORMATS for kind in LAYERS for tile in (LAYER_TILE, "parts")],
+    layer_shows), ids=ids_of)  # fmt: skip
 def test_experts(case):
     """Forward and gradients: error against float64 at most twice what plain torch's is."""
     options = dict(LAYERS[case["kind"]])
@@ -262,7 +263,7 @@ def test_experts(case):
     call = {"router_weight_on_input": on_input, **layer.options(), "backend": "triton"}
     tensors = layer.tensors(DEVICE)
     run = lambda a, b: OPS.experts(a, ids.to(DEVICE), b, *tensors, **call)  # noqa: E731
-    with tile(LAYER_TILE):
+    with tile(case["tile"]):
         got = gradients(run, x.to(DEVICE), weights.to(DEVICE))
 
     def wanted(work, nudge=0.0):

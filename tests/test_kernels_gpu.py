@@ -121,7 +121,8 @@ def test_no_weight_is_dequantized(name):
     layer = Layer(name, e, h, i, dtype=torch.bfloat16)
     x, ids, weights = (t.cuda() for t in inputs(tokens, h, top_k, e, torch.bfloat16))
     tensors = layer.tensors("cuda")
-    floats, rows = 3 * e * h * i * 2, tokens * top_k * 3 * (h + i) * 4  # bytes: of weights in bf16, of rows in fp32
+    # Bytes: of weights in bf16; of rows in fp32, of which a product of few tiles writes up to four parts.
+    floats, rows = 3 * e * h * i * 2, tokens * top_k * 4 * (h + i) * 4
     forward = lambda a, w: OPS.experts(a, ids, w, *tensors, **layer.options(), backend="triton")  # noqa: E731
     for step, allowed in ((forward, rows), (lambda a, w: gradients(forward, a, w), floats / 4)):
         step(x, weights)  # compiles

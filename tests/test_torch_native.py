@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from moe_ops import QuantizedLinear
-from moe_ops.backends import BACKENDS, Problem, cpu_matrix, select, torch_native
+from moe_ops.backends import BACKENDS, Problem, cpu_matrix, cpu_products, select
 from moe_ops.backends.base import Operand, Rows, Weight
-from moe_ops.backends.cpu_decode import decoder, from_planes, half_scales, scale_values, spread, to_planes
+from moe_ops.backends.cpu_decode import decoder, scale_values, to_planes
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
 
 OPS = torch.ops.moe_ops
 QUANTIZED = [name for name in FORMATS if FORMATS[name].quantized]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(192, 256), (160, 384)]  # (N, K): whole groups and vectors, and neither
+SHAPES = [(256, 256), (160, 384)]  # (N, K): whole tiles and vectors, and neither
 
 
 def error(got, truth):
@@ -80,7 +80,7 @@ def test_nothing_to_multiply(name):
 
 
 @pytest.mark.parametrize("rows", [1, 12])
-@pytest.mark.parametrize("n,k", [(1, 1), (5, 24), (7, 129), (130, 200), (33, 1056)])
+@pytest.mark.parametrize("n,k", [(1, 1), (5, 24), (7, 129), (130, 200), (256, 200), (33, 1056)])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_odd_sizes(name, n, k, rows):
     """Partial tiles and groups, rows shorter than a vector."""
@@ -89,13 +89,22 @@ def test_odd_sizes(name, n, k, rows):
     check(linear_of(name, n, k, True), torch.randn(rows, k).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [1, 5, 30])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_strided_rows(name, rows):
+    q, x = linear_of(name, 64, 128, False), torch.randn(rows, 512).bfloat16()
+    q.backend = "torch"
+    for strided in (x[:, 128:256], x[:, ::4], x.view(-1, 128)[::4], x[:, :128].t().contiguous().t()):
+        assert torch.equal(q(strided), q(strided.contiguous()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [2, 9])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_many_blocks(name, rows, dtype, monkeypatch):
-    """A matrix decoded in blocks of 50 rows and a rest."""
+    """A matrix decoded in blocks of 50 rows and a rest, or of 128 where those share scales."""
     monkeypatch.setattr(cpu_matrix, "_BLOCK", 50 * 256 + 1)
-    check(linear_of(name, 192, 256, False, dtype), torch.randn(rows, 256).to(dtype))
+    check(linear_of(name, 256, 256, False, dtype), torch.randn(rows, 256).to(dtype))
 
 
 def grouped(name, shards=1, experts=5, n=96, k=128, dtype=torch.bfloat16):
@@ -160,22 +169,31 @@ def alternate(t):
 TAKEN = [
     # format, rows, dtype -> route
     ("int8", 1, "_bytes"), ("int8", 8, "_digits"), ("int8", 40, "_bf16"), ("int8/int8", 1, "_int8"),
-    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 1, "_half"),
-    ("mxfp4", 8, "_bf16"), ("nvfp4", 2, "_half"), ("mxfp6_e3m2", 1, "_half"), ("fp8_block", 1, "_grouped"),
-    ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_grouped"), ("int4_g32", 1, "_fp32"),
+    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_fp32"),
+    ("mxfp4", 8, "_bf16"), ("fp8_block", 1, "_tiles"), ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_fp32"),
+    ("int4_g128", 40, "_fp32"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name,rows,route", TAKEN)
 def test_routes(name, rows, route, monkeypatch):
-    if not torch.cpu._is_vnni_supported() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not cpu_products._has_vnni() or not cpu_products._has_bf16():
         pytest.skip("other routes on this CPU")
     taken = []
-    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_grouped", "_fp32"):
-        f = getattr(torch_native, known)
-        monkeypatch.setattr(torch_native, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
-    check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())
+    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_tiles", "_fp32"):
+        f = getattr(cpu_products, known)
+        monkeypatch.setattr(cpu_products, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
+    check(linear_of(name, 256, 256, False), torch.randn(rows, 256).bfloat16())
     assert taken == [route]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_other_processors(name, monkeypatch):
+    """Without exact int8 sums, and without products in bf16."""
+    monkeypatch.setattr(cpu_products, "_has_vnni", lambda: False)
+    for rows, has_bf16 in ((1, True), (8, True), (8, False), (30, False)):
+        monkeypatch.setattr(cpu_products, "_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12])
@@ -200,12 +218,11 @@ def test_decoding(codec):
     found = decoder(codec.element)
     qdata = torch.randint(0, 256, (7, codec.stored(480)), dtype=torch.uint8)
     qdata = qdata if codec.packed else qdata.view(codec.element.storage)
-    out = torch.empty(7, found.planes, 480 // found.planes, dtype=found.dtype)
+    out = torch.empty(found.planes, 7, 480 // found.planes, dtype=found.dtype)
     found(qdata, out)
-    want = codec.decode(qdata)
-    got = from_planes(out.flatten(1), found.planes).float() * found.factor
+    want, got = codec.decode(qdata), out.permute(1, 2, 0).flatten(1) * found.factor
     assert ((got == want) | want.isnan()).all()
-    assert torch.equal(to_planes(from_planes(out.flatten(1), found.planes), found.planes), out.flatten(1))
+    assert torch.equal(to_planes(got, found.planes), out.transpose(0, 1).flatten(1) * found.factor)
 
 
 def test_an_element_that_bits_do_not_explain_is_left_alone():
@@ -218,13 +235,10 @@ def test_an_element_that_bits_do_not_explain_is_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fn])
 def test_scales(dtype):
     bits = torch.arange(256 if dtype == torch.float8_e8m0fnu else 128).to(torch.uint8)  # scales are not negative
-    torch.testing.assert_close(scale_values(bits.view(dtype)), bits.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
-    found = decoder(FORMATS["nvfp4"].weight.element)
-    low, high = (100, 125) if dtype == torch.float8_e8m0fnu else (0, 127)
-    scale = torch.randint(low, high, (5, 12), dtype=torch.uint8).view(dtype)
-    halves, unit = half_scales(scale, found)
-    assert torch.equal(halves.float() * unit[:, None] / found.factor, scale.float())
-    assert torch.equal(spread(halves, 8)[:, 0], halves.repeat_interleave(8, 1))
+    for factor, copies in ((1.0, 1), (1.0, 4), (0.25, 8)):
+        want = (bits.view(dtype).float() * factor).view(-1, 8).repeat_interleave(copies, 1)
+        got = scale_values(bits.view(dtype).view(-1, 8), factor, copies).float()
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [1, 12])

@@ -31,25 +31,30 @@ def experts(
     read = Rows(offsets, read=order, top_k=top_k)
     if router_weight_on_input:
         x, read, weights = _weigh_input(x, order, weights, top_k), Rows(offsets), None  # (R, H) sorted
-    h = _project(parts, x, up, read, gate, fmt, batch_invariant)  # (R, I) sorted
+    whole = fmt.activation is not None  # codes are made of whole rows; else the next part may add what this one left
+    h = _project(parts, x, up, read, gate, fmt, batch_invariant, whole)  # (R, I) sorted
     write = Rows(offsets, write=order, weights=weights)
-    y = _project(parts, h, down, write, None, fmt, batch_invariant)  # (R, H) slots
+    y = _project(parts, h, down, write, None, fmt, batch_invariant, whole=False)  # (R, H) slots
     return parts.combine(y, top_k)
 
 
-def _project(parts: Any, x: Tensor, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, invariant: bool) -> Tensor:
-    return grouped_mm(parts, Operand(x), w, rows, gate, fmt, out_dtype=x.dtype, batch_invariant=invariant)
+def _project(
+    parts: Any, x: Any, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, invariant: bool, whole: bool = True,
+) -> Any:  # fmt: skip
+    """A product of rows in float, in their dtype. Not `whole`: in the form that the backend's other parts take."""
+    dtype = x.dtype
+    return grouped_mm(parts, Operand(x), w, rows, gate, fmt, out_dtype=dtype, batch_invariant=invariant, whole=whole)
 
 
 def grouped_mm(
     parts: Any, x: Operand, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
-    out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
+    out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False, whole: bool = True,
 ) -> Tensor:  # fmt: skip
     """The part `grouped_mm`, with x quantized first if the format says so and it is not: a gradient never is."""
     if x.scale is None and not transpose and fmt.activation is not None:
         x, rows = quantize_rows(parts, x.data, w, rows, fmt.activation)
-    return parts.grouped_mm(x, w, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose,
-                            batch_invariant=batch_invariant)  # fmt: skip
+    multiply = parts.grouped_mm if whole else getattr(parts, "product", parts.grouped_mm)
+    return multiply(x, w, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose, batch_invariant=batch_invariant)
 
 
 def quantize_rows(parts: Any, x: Tensor, w: Weight, rows: Rows, codec: Codec) -> tuple[Operand, Rows]:

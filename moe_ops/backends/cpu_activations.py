@@ -40,7 +40,7 @@ class Activations:
 
     def take(self, index: Tensor | slice) -> Taken:
         codes, scale = (None if t is None else t[index] for t in (self.codes, self.scale))
-        return Taken(self.values[index], self.exact, codes, scale, self.planes)
+        return Taken(self.values[index].contiguous(), self.exact, codes, scale, self.planes)
 
 
 class Taken:
@@ -52,14 +52,16 @@ class Taken:
 
     @cached_property
     def bf16(self) -> Tensor:
+        """(R, K), planes one after the other."""
         return to_planes(self.values.bfloat16(), self._planes)
 
     @cached_property
     def floats(self) -> Tensor:
-        return to_planes(self.values.float(), self._planes)
+        """(P, R, L)"""
+        return self.values.float().unflatten(1, (-1, self._planes)).permute(2, 0, 1).contiguous()
 
     def halves(self, largest: float) -> tuple[Tensor, Tensor]:
-        """Rows divided by a power of two, in half, and the power (R, 1).
+        """Rows (R, K) divided by a power of two, in half, and the power (R, 1).
 
         Sums of products with numbers of up to `largest` stay below 2^15, and bf16 stays exact down to 2^-30 of that.
         """
@@ -67,7 +69,7 @@ class Taken:
             x = self.values.float()
             size = x.abs().sum(1, keepdim=True).mul_(max(largest, 1.0)).clamp_(2.0**-112, 2.0**127)
             power = size.view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32).mul_(2.0**-14)
-            self._halves = to_planes((x / power).half(), self._planes), power
+            self._halves = (x / power).half(), power
         return self._halves
 
     @cached_property

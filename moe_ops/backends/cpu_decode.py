@@ -7,12 +7,12 @@ A code of a minifloat is brought to the top of a 16-bit lane, then its exponent 
 Exact, subnormals too. One lane holds `planes` codes of 4 or 6 bits, and decoding leaves them in as many planes of
 K / planes columns: activations follow by `to_planes`. Codes of integers become bytes, in planes likewise.
 
-B rows of a block, K columns, P planes of L = K / P lanes, G groups of columns that share a scale.
+B rows of a block, K columns, P planes of L = K / P lanes, G groups of columns that share a scale. Planes come first, so
+that torch's loops run over whole blocks.
 """
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 from ..formats import Element
 
 _PLANES = {(4, True): 4, (6, True): 8, (8, True): 1, (4, False): 2, (8, False): 1}  # by bits, and whether it is a float
-_COPIES = 0x0001000100010001  # times a number of 16 bits: that number in each quarter of an int64
 
 
 def _numbers(*values: int, dtype: torch.dtype = torch.int16) -> Tensor:
@@ -37,25 +36,25 @@ class Decoder:
         self.planes = _PLANES[element.bits, minifloat]
         self.dtype = torch.float16 if minifloat else torch.int8
         self.factor = 2.0 ** (15 - element.bias) if minifloat else 1.0 if element.bits == 8 else 1 / 16
-        self.largest = element.max / self.factor  # magnitude of what decoding gives
         if minifloat:
             shift = 5 - element.exponent_bits
             magnitude = ((1 << element.bits - 1) - 1) << (10 - element.mantissa_bits)
             self._shift, self._mask = _numbers(shift), _numbers(magnitude - (1 << 15))
             to_top = (12, 8, 4, 0) if element.bits == 4 else (8 - shift,)
-            self._to_top = _numbers(*(1 << by for by in to_top))[:, None]
+            self._to_top = _numbers(*(1 << by for by in to_top))[:, None, None]
+        self.largest = element.max / self.factor  # magnitude of what decoding gives
         self.is_bytes = self.dtype == element.storage  # codes are what decoding would give
 
     def __call__(self, codes: Tensor, out: Tensor) -> None:
-        """codes (B, stored K), contiguous -> out (B, P, L) in `dtype`."""
+        """codes (B, stored K), contiguous -> out (P, B, L) in `dtype`."""
         if self.dtype == torch.int8:
             _integers(codes.view(torch.int8), self.bits, out)
             return
         lanes = out.view(torch.int16)
         if self.bits == 8:  # a byte is widened with its sign, as a shift to the right would
-            lanes.copy_(codes.view(torch.int8)[:, None]).mul_(self._to_top)
+            lanes.copy_(codes.view(torch.int8)).mul_(self._to_top)
         elif self.bits == 4:
-            torch.mul(codes.view(torch.int16)[:, None], self._to_top, out=lanes).bitwise_right_shift_(self._shift)
+            torch.mul(codes.view(torch.int16), self._to_top, out=lanes).bitwise_right_shift_(self._shift)
         else:
             _sixes(codes.view(torch.int16).unflatten(1, (-1, 3)), lanes)
             lanes.bitwise_right_shift_(self._shift)
@@ -73,27 +72,27 @@ def decoder(element: Element) -> Decoder | None:
     bits = (codes[:, None, None].long() >> torch.arange(element.bits, device="cpu")) & 1
     stored = bits.expand(-1, each, -1).reshape(codes.numel(), -1, 8)  # (codes, bytes, 8)
     stored = (stored << torch.arange(8, device="cpu")).sum(-1).to(torch.uint8)
-    out = torch.empty(codes.numel(), found.planes, each // found.planes, dtype=found.dtype, device="cpu")
+    out = torch.empty(found.planes, codes.numel(), each // found.planes, dtype=found.dtype, device="cpu")
     found(stored, out)
-    values = element.decode(codes.view(element.storage))[:, None, None]  # NaN, which weights do not hold, may differ
+    values = element.decode(codes.view(element.storage))[:, None]  # NaN, which weights do not hold, may differ
     return found if bool(((out.float() * found.factor == values) | values.isnan()).all()) else None
 
 
 def _sixes(words: Tensor, out: Tensor) -> None:
-    """words (B, L, 3): eight codes each -> every code at the top of a lane of out (B, 8, L)."""
+    """words (B, L, 3): eight codes each -> every code at the top of a lane of out (8, B, L)."""
     low, mid, high = words.permute(2, 0, 1).contiguous()
     for plane, word, shift in ((0, low, 10), (1, low, 4), (3, mid, 8), (4, mid, 2), (6, high, 6), (7, high, 0)):
-        torch.mul(word, 1 << shift, out=out[:, plane])
-    torch.bitwise_or(low >> 2 & 0x3C00, mid << 14, out=out[:, 2])  # the two codes that lie in two words
-    torch.bitwise_or(mid >> 4 & 0x0C00, high << 12, out=out[:, 5])
+        torch.mul(word, 1 << shift, out=out[plane])
+    torch.bitwise_or(low >> 2 & 0x3C00, mid << 14, out=out[2])  # the two codes that lie in two words
+    torch.bitwise_or(mid >> 4 & 0x0C00, high << 12, out=out[5])
 
 
 def _integers(codes: Tensor, bits: int, out: Tensor) -> None:
     """Bytes as they are, or 16 times what nibbles in offset binary (value + 8) stand for."""
     if bits == 8:
-        out.copy_(codes[:, None])
+        out.copy_(codes)
         return
-    low, high = out[:, 0], out[:, 1]
+    low, high = out[0], out[1]
     torch.bitwise_xor(codes, _FLIP, out=high)  # both nibbles in two's complement
     torch.mul(high, _SIXTEEN, out=low)
     high.bitwise_and_(_HIGH)
@@ -107,53 +106,24 @@ def to_planes(x: Tensor, planes: int) -> Tensor:
     return x if planes == 1 else x.view(x.shape[0], -1, planes).transpose(1, 2).reshape(x.shape)
 
 
-def from_planes(x: Tensor, planes: int) -> Tensor:
-    """Inverse of `to_planes`."""
-    return x if planes == 1 else x.view(x.shape[0], planes, -1).transpose(1, 2).reshape(x.shape)
-
-
-def scale_values(scale: Tensor) -> Tensor:
-    """Scales of any dtype in fp32; those of a byte by their bits, as torch converts them one by one."""
-    if scale.dtype == torch.float8_e8m0fnu:
-        bits = scale.view(torch.uint8).to(torch.int32)
-        return (bits << 23).clamp_(min=1 << 22).view(torch.float32).masked_fill_(bits == 255, torch.nan)
-    if scale.dtype == torch.float8_e4m3fn:  # never negative
-        bits = scale.view(torch.uint8).to(torch.int16)
-        return (bits << 7).view(torch.float16).float().mul_(256.0).masked_fill_(bits == 127, torch.nan)
-    return scale.float()
-
-
-def half_scales(scale: Tensor, found: Decoder) -> tuple[Tensor, Tensor]:
-    """scale (..., G) of one byte -> halves (..., G) to multiply blocks with, and the unit (...,) of the result.
-
-    e8m0: the largest of a row becomes 2^top, and one that is 2^(top + 14) times smaller 0. NaN makes the unit NaN.
-    """
-    bits = scale.view(torch.uint8).to(torch.int16)
-    largest = bits.amax(-1, keepdim=True)
-    if scale.dtype == torch.float8_e8m0fnu:
-        exponents = bits.sub_(largest - (15 + half_top(scale.dtype, found))).clamp_(min=0)
-        halves = exponents.mul_(_numbers(1 << 10)).view(torch.float16)
-    else:
-        halves = bits.mul_(_numbers(1 << 7)).view(torch.float16).mul_(2.0**15)
-    return halves, _units(scale.dtype, found).index_select(0, largest.flatten().int()).view(scale.shape[:-1])
-
-
-def half_top(dtype: torch.dtype, found: Decoder) -> int:
-    """log2 of the largest that scales become: for e8m0 such that products with a block stay below 2^9."""
-    return min(14, 8 - math.frexp(found.largest)[1]) if dtype == torch.float8_e8m0fnu else 15
-
-
 @cache
-def _units(dtype: torch.dtype, found: Decoder) -> Tensor:
-    """The unit for each byte that may be the largest of its row."""
-    byte = torch.arange(256, device="cpu")
-    if dtype == torch.float8_e8m0fnu:
-        unit = 2.0 ** (byte - 127 - half_top(dtype, found)).double()
-        return (unit * found.factor).float().masked_fill(byte == 255, torch.nan)
-    return torch.full((256,), found.factor * 2.0**-7, dtype=torch.float32).masked_fill(byte >= 127, torch.nan)
+def _scale_table(dtype: torch.dtype, factor: float, copies: int) -> Tensor:
+    """For each byte (1, 256): its scale times a factor; several copies of that as one number of 16 bytes."""
+    values = torch.arange(256, device="cpu").to(torch.uint8).view(dtype).float() * factor
+    if copies == 1:
+        return values[None]
+    short = values if copies == 4 else values.bfloat16()
+    return short.view(-1, 1).repeat(1, copies).view(torch.complex128).view(1, -1)
 
 
-def spread(scale: Tensor, times: int) -> Tensor:
-    """scale (B, G) of 16 bits, none negative -> (B, 1, G * times): each `times` times, a multiple of 4."""
-    quarter = scale.view(torch.int16).to(torch.int64).mul_(_COPIES)[..., None]  # (B, G, 1)
-    return torch.cat([quarter] * (times // 4), -1).flatten(1).view(scale.dtype)[:, None]
+def scale_values(scale: Tensor, factor: float = 1.0, copies: int = 1) -> Tensor:
+    """scale (N, G) of any dtype, times a factor: (N, G * copies) in fp32, or bf16 where there are 8 copies.
+
+    Bytes are looked up, for torch converts them one by one; only those may be copied, 4 or 8 times.
+    """
+    if scale.dtype.itemsize > 1:
+        assert copies == 1
+        return scale.to(torch.float32, copy=True).mul_(factor)
+    table = _scale_table(scale.dtype, factor, copies)
+    found = table.expand(scale.shape[0], -1).gather(1, scale.view(torch.uint8).long())
+    return found if copies == 1 else found.view(torch.float32 if copies == 4 else torch.bfloat16)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..formats import Codec
 from .base import Weight
-from .cpu_decode import Decoder, decoder, half_scales, half_top, scale_values, spread
+from .cpu_decode import Decoder, decoder, scale_values
 
-_BLOCK = 1 << 20  # numbers in a block: 2 MB of halves, and Python's share of its time stays below a tenth
+_BLOCK = 1 << 20  # numbers in a block: they stay in the cache, and with less threads would meet too often
 _SIGNIFICAND = {torch.float8_e8m0fnu: 1, torch.float8_e4m3fn: 4, torch.bfloat16: 8}
 
 Block = tuple[int, int, Tensor]  # rows a to b of a matrix, and their numbers
@@ -40,21 +40,16 @@ class Plan:
     bits: int  # of the significand
     each: int  # lanes that share a scale; 0: scales do not change along K
     is_bytes: bool  # codes are int8, and scales do not change along K
-    fits_half: bool  # `Matrix.halves` is exact
-    largest_half: float  # and no magnitude in it is larger
+    is_half: bool  # decoding gives halves in the order of K, and scales do not change along K
 
 
 @cache
 def plan_of(codec: Codec) -> Plan:
     found = decoder(codec.element)
     assert found is not None and codec.block is not None
-    group, bits, largest = codec.block[1], significand(codec), found.largest
-    one_byte = codec.scale_dtype.itemsize == 1
-    if group and one_byte:
-        largest *= 2.0 ** (half_top(codec.scale_dtype, found) + 1)
-    fits = found.dtype == torch.float16 and bits <= 11 and largest < 2**15
-    fits = fits and (not group or (one_byte and not group // found.planes % 4))
-    return Plan(found, bits, group // found.planes, found.is_bytes and not group, fits, largest)
+    group = codec.block[1]
+    is_half = found.dtype == torch.float16 and found.planes == 1 and not group
+    return Plan(found, significand(codec), group // found.planes, found.is_bytes and not group, is_half)
 
 
 @cache
@@ -76,9 +71,10 @@ class Matrix:
         self.n, self.k = weight.qdata.shape[1], codec.columns(weight.qdata.shape[2])
         self.block_n, self.group = codec.block
         self.decode, self.planes, self.each = self.plan.decode, self.plan.decode.planes, self.plan.each
+        self.lanes = self.k // self.planes
         self.whole = not self.group or not self.k % self.group  # no group is partial
-        self._rows = max(1, min(self.n, _BLOCK // max(self.k, 1)))
-        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._rows = self._block_rows()
+        self._buffers: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def codes(self, e: int) -> Tensor:
         """(N, stored K)"""
@@ -91,71 +87,64 @@ class Matrix:
             whole = self._by_row(w.global_scale[experts], 0)
         if self.group:
             return whole
-        scale = self._by_row(scale_values(self.scale[experts]).flatten(1), self.block_n) * self.decode.factor
+        scale = self._by_row(self.scale[experts].float().flatten(1), self.block_n) * self.decode.factor
         return scale if whole is None else scale * whole
 
-    def groups(self, experts: Tensor | slice | int) -> Tensor:
-        """(N, G), or (X, N, G), as stored."""
-        return self._by_row(self.scale[experts], self.block_n, -2)
+    def tall(self) -> bool:
+        """Whether the rows of a matrix fall into whole tiles that share their scales."""
+        whole = not self.weight.interleaved and not self.n // self.weight.shards % max(self.block_n, 1)
+        return self.group > 0 and self.block_n > 1 and self.planes == 1 and whole
+
+    def tiles(self, e: int) -> Tensor:
+        """For such a matrix: scales of its tiles, for each column (R, K)."""
+        return scale_values(self.scale[e], self.decode.factor).repeat_interleave(self.group, 1)[:, : self.k]
+
+    def _block_rows(self) -> int:
+        rows = max(1, min(self.n, _BLOCK // max(self.k, 1)))
+        return max(rows // self.block_n, 1) * self.block_n if self.tall() else rows
 
     def _by_row(self, scale: Tensor, block: int, dim: int = -1) -> Tensor:
         index = _scale_rows(self.n, self.weight.shards, block, self.weight.interleaved)
         return scale if index is None else scale.index_select(dim, index)
 
-    def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
-        """(B, P, L)"""
-        if (dtype, rows) not in self._buffers:
-            shape = rows, self.planes, self.k // self.planes
-            self._buffers[dtype, rows] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
-        return self._buffers[dtype, rows]
+    def _buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        if (dtype, shape) not in self._buffers:
+            self._buffers[dtype, shape] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
+        return self._buffers[dtype, shape]
 
     def decoded(self, e: int) -> Iterator[Block]:
-        """Blocks (B, P, L) without any scale, in the dtype of the decoder."""
-        codes = self.codes(e)
-        for a in range(0, self.n, self._rows):
-            b = min(a + self._rows, self.n)
+        """Blocks (P, B, L) without any scale, in the dtype of the decoder."""
+        codes, rows = self.codes(e), self._rows
+        for a in range(0, self.n, rows):
+            b = min(a + rows, self.n)
             if self.plan.is_bytes:
-                yield a, b, codes[a:b, None]
+                yield a, b, codes[None, a:b]
             else:
-                out = self._buffer(self.decode.dtype, b - a)
+                out = self._buffer(self.decode.dtype, self.planes, b - a, self.lanes)
                 self.decode(codes[a:b], out)
                 yield a, b, out
 
     def floats(self, e: int, scaled: bool = True) -> Iterator[Block]:
-        """Blocks (B, K) in fp32, times the scales of groups unless told otherwise."""
-        groups = scale_values(self.groups(e)) * self.decode.factor if self.group and scaled else None
+        """Blocks (P, B, L) in fp32, times the scales of groups unless told otherwise."""
+        scales = self._group_scales(e) if self.group and scaled else None
         for a, b, block in self.decoded(e):
-            out = self._buffer(torch.float32, b - a).copy_(block)
-            if groups is not None:
-                self._scale_floats(out, groups[a:b])
-            yield a, b, out.flatten(1)
+            out = self._buffer(torch.float32, self.planes, b - a, self.lanes).copy_(block)
+            if scales is not None:
+                lanes = out if scales.ndim == 2 else out.unflatten(2, (-1, self.each))
+                lanes.mul_(scales[a:b])
+            yield a, b, out
 
-    def _scale_floats(self, block: Tensor, groups: Tensor) -> None:
-        """block (B, P, L) times groups (B, G), in place."""
-        if self.each >= 16 and self.whole:  # torch's product with a number for each run takes vectors of 16 floats
-            block.view(*block.shape[:2], -1, self.each).mul_(groups[:, None, :, None])
-        elif self.each % 4 or not self.whole or _scale_bits(self.codec) > 8:
-            block.mul_(groups.repeat_interleave(self.each, 1)[:, None, : block.shape[2]])
-        else:
-            block.mul_(spread(groups.bfloat16(), self.each).float())
+    def _group_scales(self, e: int) -> Tensor:
+        """(N, G, 1) where torch's product with a number for each run takes vectors of 16 floats, else (N, L)."""
+        scale, factor = self._by_row(self.scale[e], self.block_n, 0), self.decode.factor
+        if self.each >= 16 and self.whole:
+            return scale_values(scale, factor)[..., None]
+        if self.each in (4, 8) and self.whole and scale.dtype.itemsize == 1:
+            return self._buffer(torch.float32, self.n, self.lanes).copy_(scale_values(scale, factor, self.each))
+        return scale_values(scale, factor).repeat_interleave(self.each, 1)[:, : self.lanes]
 
-    def bf16(self, e: int) -> Iterator[Block]:
+    def bf16(self, e: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
         for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
-            out = self._buffer(torch.bfloat16, b - a)
-            yield a, b, out.copy_(block.view_as(out)).flatten(1)
-
-    def half_scales(self, experts: Tensor | slice) -> tuple[Tensor, Tensor] | None:
-        """Of X experts, for `halves`: (X, N, G) and the unit (X, N) of the products."""
-        return half_scales(self.groups(experts), self.decode) if self.group else None
-
-    def halves(self, e: int, scales: Tensor | None) -> Iterator[Block]:
-        """Blocks (B, K) in half, times scales (N, G)."""
-        for a, b, block in self.decoded(e):
-            if scales is None:
-                pass
-            elif self.each >= 32:  # vectors of 32 halves
-                block.view(b - a, self.planes, -1, self.each).mul_(scales[a:b, None, :, None])
-            else:
-                block.mul_(spread(scales[a:b], self.each))
-            yield a, b, block.flatten(1)
+            out = self._buffer(torch.bfloat16, b - a, self.planes, self.lanes)
+            yield a, b, out.copy_(block.transpose(0, 1)).flatten(1)

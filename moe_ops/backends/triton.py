@@ -29,6 +29,7 @@ from ..kernels.configs import Config, Kind, choose
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
 from ..kernels.grouped_mm import _grouped_mm_kernel, launch_grid, row_tiles, stride
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
+from ..kernels.parts import add
 from ..kernels.scales import RULES
 from . import compose
 from .base import Operand, Problem, Rows, Weight, arch_of, interpreted
@@ -103,7 +104,7 @@ def _plan(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: int)
     """dtype: that of x, or of the result where x is codes."""
     native, weight, act = has_fp8(arch), fmt.weight, fmt.activation if quantized_x else None
     group, group_x = _group(weight), _group(act)
-    fold = group if group and (group % 128 or weight.element.bits == 4) else 0
+    fold = group if group % 128 else 0
     alike = act is not None and act.element == weight.element and not fold and not group_x % 128
     alike = alike and not (group_x and act is not None and act.scale_dtype.itemsize == 1)
     decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
@@ -148,13 +149,13 @@ def _config(plan: Plan, arch: int, rows: int, w: Weight, k: int, scaled: bool, g
             invariant: bool) -> Config:  # fmt: skip
     experts = w.qdata.shape[0]
     touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
-    per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0))
+    per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0), 1)
     if transpose:
-        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k)
+        return choose(Kind(plan.mma, transposed=True), arch, per_expert, experts, k, 0)
     promoted = scaled or plan.promote is not None
     channels = w.qdata.shape[1] // (2 if gated else 1)
     kind = Kind(plan.mma, plan.decoded, promoted, gated, w.bias is not None)
-    config = choose(kind, arch, per_expert, experts if invariant else round(touched), channels)
+    config = choose(kind, arch, per_expert, experts if invariant else round(touched), channels, k)
     return replace(config, short=0) if invariant else config
 
 
@@ -167,10 +168,44 @@ class _Rows:
     each: Tensor | None
 
 
+@dataclass(frozen=True)
+class Sums:
+    """A product in parts that are still to be added: (P, R, N) fp32, (P, R, 2N) if `gate` has two inputs."""
+
+    parts: Tensor
+    dtype: torch.dtype
+    gate: Gate | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, N) of what they add up to."""
+        _, r, n = self.parts.shape
+        return r, n // 2 if self.gate is not None and self.gate.gated else n
+
+    def rows(self, nibbles: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """(R, N) in `dtype`, or the one of the product; columns in the order of nibbles if asked for."""
+        gate, (r, n) = self.gate, self.shape
+        width = -(-n // CHUNK) * CHUNK if nibbles else n
+        out = torch.empty(r, width, dtype=dtype or self.dtype, device=self.device)
+        act: Any = None
+        numbers: tuple = (None, None, None)
+        if gate is not None:
+            act, numbers = ACTIVATIONS[gate.activation], (gate.alpha, gate.beta, gate.limit)
+        if out.numel():
+            add(self.parts, out, n, act, gate is not None and gate.gated, numbers, nibbles, _TL[self.dtype])
+        return out
+
+
 def _prepare(x: Operand, fmt: Format, plan: Plan, k: int) -> _Rows:
     """Codes stay codes where the MMA takes them; else they become exact numbers, group scales below 128 included."""
-    data, codec = x.data if x.data.stride(-1) == 1 else x.data.contiguous(), fmt.activation
-    nibbles = plan.decoded == 4
+    nibbles, codec = plan.decoded == 4, fmt.activation
+    if isinstance(x.data, Sums):
+        return _Rows(x.data.rows(nibbles, torch.float32 if nibbles and interpreted() else None), None, None)
+    data = x.data if x.data.stride(-1) == 1 else x.data.contiguous()
     if x.scale is None or codec is None:
         dtype = torch.float32 if interpreted() else data.dtype  # of the product: it is not cast again
         return _Rows(_arranged(data, None, None, plan, k, dtype) if nibbles else data, None, None)
@@ -213,20 +248,34 @@ def grouped_mm(
     operand: Operand, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
     out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As the reference's: one launch, and one more that arranges activations where weights or codes ask for it."""
+    """As the reference's: one launch, one more that arranges activations where weights or codes ask for it, and one
+    that adds the parts of a product of few tiles."""
+    y = product(operand, weight, rows, gate, fmt, out_dtype=out_dtype, transpose=transpose,
+                batch_invariant=batch_invariant)  # fmt: skip
+    return y.rows() if isinstance(y, Sums) else y
+
+
+def product(
+    operand: Operand, weight: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
+    out_dtype: torch.dtype, transpose: bool = False, batch_invariant: bool = False,
+) -> Tensor | Sums:  # fmt: skip
+    """`grouped_mm`, whose parts, if it was made in some, are added by whatever reads it."""
     x, arch = operand.data, arch_of(operand.data.device)
     (e, n), k = weight.qdata.shape[:2], fmt.weight.columns(weight.qdata.shape[2])
     gated = gate is not None and gate.gated
     width = k if transpose else n // 2 if gated else n
     num_rows = x.shape[0] if rows.read is None else rows.read.shape[0]
-    out = torch.empty(num_rows, width, dtype=out_dtype, device=x.device)
-    if not out.numel():
-        return out
+    if not num_rows * width:
+        return torch.empty(num_rows, width, dtype=out_dtype, device=x.device)
     plan = _plan(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
     prepared = None if transpose else _prepare(operand, fmt, plan, k)
     along_k = _group(fmt.weight) and not plan.fold
     scaled = prepared is not None and plan.types is None and bool(along_k or prepared.along_k is not None)
     config = _config(plan, arch, num_rows, weight, k, scaled, gated, transpose, batch_invariant)
+    if transpose or (gate is not None and rows.weights is not None):  # weights come after the activation
+        config = replace(config, parts=1)
+    size = (num_rows, width) if config.parts == 1 else (config.parts, num_rows, 2 * width if gated else width)
+    out = torch.empty(size, dtype=out_dtype if config.parts == 1 else torch.float32, device=x.device)
     num_m, by_row = row_tiles(num_rows, e, config.block_m, rows.offsets is not None)
     common = {"ELEMENT": _bits(fmt.weight.element), "BITS": fmt.weight.element.bits, "KIND": _kind(weight.scale),
               "DECODE": plan.decode, "E_BLOCK": triton.next_power_of_2(e), "ROW_TILES": by_row,
@@ -237,12 +286,12 @@ def grouped_mm(
         _transposed(x, weight, rows, fmt, out, plan, config, num_m, k, common)
     else:
         _forward(prepared, weight, rows, gate, fmt, out, plan, config, scaled, num_m, k, common)
-    return out
+    return out if config.parts == 1 else Sums(out, out_dtype, gate)
 
 
 def _forward(x: _Rows, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, out: Tensor, plan: Plan, config: Config,
              scaled: bool, num_m: int, k: int, common: dict) -> None:  # fmt: skip
-    (e, n_weight), n = w.qdata.shape[:2], out.shape[1]
+    e, n_weight = w.qdata.shape[:2]
     nibbles, group_k, group_n = plan.decoded == 4, _group(fmt.weight), fmt.weight.block[0] if fmt.weight.block else 1
     if nibbles and w.qdata.data_ptr() % 4:
         raise ValueError(f"packed weights begin at a multiple of 4 bytes in memory, got address {w.qdata.data_ptr()}")
@@ -251,22 +300,23 @@ def _forward(x: _Rows, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, ou
     along_k = None if along_k is None else _bytes(along_k, plan.native)
     channel_n = 1 if channel is not None and channel.ndim == 3 else 0
     shard_rows, gated = n_weight // w.shards, gate is not None and gate.gated
+    n = n_weight // 2 if gated else n_weight
     inside_shard = w.shards == 1 or gated or shard_rows % config.block_n == 0
     uniform = scaled and bool(group_k) and inside_shard and group_n % config.block_n == 0  # 0, a whole shard, included
     numbers = (None, None, None) if gate is None else (gate.alpha, gate.beta, gate.limit)
     up, up_scale, up_channel = (_up(w, shard_rows, g) if gated else 0 for g in (1, group_n, channel_n))
-    _grouped_mm_kernel[launch_grid(num_m, n, config.block_n)](
+    _grouped_mm_kernel[launch_grid(num_m, n, config.block_n, config.parts)](
         x.data, x.along_k, x.each, codes, along_k, channel, w.bias, rows.offsets, rows.read, rows.write, rows.weights,
-        out, out.shape[0], num_m, e, n, k, shard_rows, rows.top_k, *numbers,
+        out, out.shape[-2], num_m, e, n, k, shard_rows, rows.top_k, *numbers,
         up * codes.stride(1), up_scale * stride(along_k, 1), up_channel * stride(channel, 1), up,
         x.data.stride(0), 1, stride(x.along_k, 0), stride(x.along_k, -1), stride(x.each, 0), *codes.stride(),
         stride(along_k, 0), stride(along_k, 1), stride(along_k, 2), stride(channel, 0), stride(channel, 1),
-        n_weight if w.bias is not None else 0, out.stride(0),
+        n_weight if w.bias is not None else 0, out.stride(-2),
         ACT=None if gate is None else ACTIVATIONS[gate.activation], GATED=gated, SCALED=scaled, FOLD=plan.fold,
         GROUP_N=group_n, GROUP_K=group_k or 1, GROUP_X=_group(fmt.activation) or 1, CHANNEL_N=channel_n,
         UNIFORM=uniform, EVEN_K=k % (CHUNK if nibbles else config.block_k) == 0, PROMOTE=plan.promote,
         X_TYPE=plan.types and plan.types[0], W_TYPE=plan.types and plan.types[1], SHORT=config.short,
-        AHEAD=0 < plan.fold < 128 and k >= _AHEAD_FROM_K, **common,
+        PARTS=config.parts, AHEAD=0 < plan.fold < 128 and k >= _AHEAD_FROM_K, **common,
     )  # fmt: skip
 
 
@@ -292,11 +342,19 @@ def _transposed(x: Tensor, w: Weight, rows: Rows, fmt: Format, out: Tensor, plan
     )  # fmt: skip
 
 
+def combine(rows: Tensor | Sums, top_k: int) -> Tensor:
+    """(T * A, H) in slot order -> (T, H)."""
+    if isinstance(rows, Sums):
+        return routing_kernels.combine(rows.parts, top_k, rows.dtype)
+    return routing_kernels.combine(rows, top_k)
+
+
 class Parts:
     sort_by_expert = staticmethod(routing_kernels.sort_by_expert)
-    combine = staticmethod(routing_kernels.combine)
+    combine = staticmethod(combine)
     quantize = staticmethod(quantize)
     grouped_mm = staticmethod(grouped_mm)
+    product = staticmethod(product)
 
 
 def supports(problem: Problem) -> bool | str:

@@ -15,6 +15,12 @@ CHUNK = 128
 
 
 @triton.jit
+def in_nibbles(j):
+    """The column that stands at j."""
+    return j // 128 * 128 + j % 32 // 2 * 8 + j % 2 * 4 + j % 128 // 32
+
+
+@triton.jit
 def load_code(row_ptr, k, inside, BITS: tl.constexpr):
     """Codes at columns k of a row: a byte, a nibble, or six bits out of two bytes."""
     if BITS == 4:
@@ -38,7 +44,7 @@ def _arrange_kernel(
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = j
     if NIBBLES:
-        k = j // 128 * 128 + j % 32 // 2 * 8 + j % 2 * 4 + j % 128 // 32
+        k = in_nibbles(j)
     value = DECODE(load_code(x_ptr + m * stride_xm, k, k < K, BITS), tl.float32, ELEMENT[0], ELEMENT[1], ELEMENT[2])
     if s_ptr is not None:
         s = tl.load(s_ptr + m * stride_sm + k // GROUP, mask=k < K, other=0.0)

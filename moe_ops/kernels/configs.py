@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+_LEAST_K = 384  # a part shorter than this costs more than it saves
+
 
 @dataclass(frozen=True)
 class Config:
@@ -22,12 +24,15 @@ class Config:
     swap: bool = False  # weights first: they fill the 64 rows of a warp group's product
     group_m: int = 1  # row tiles that go through the columns together
     short: int = 0  # the last rows of an expert, if no more than this, are a tile of this height
-    few: int = 0  # fewer tiles than this leave multiprocessors idle: they are made ...
-    narrow: tuple[int, int, int] = (0, 0, 0)  # ... of so many channels, by so many warps, in so many stages
+    parts: int = 1  # of K, each a program of its own, added by the kernel that reads them: at most so many
+    programs: int = 0  # parts are made up to so many of them: a few warps alone wait for memory most of the time
 
-    def narrowed(self) -> Config:
-        n, warps, stages = self.narrow
-        return replace(self, block_n=n, warps=warps, stages=stages, few=0, narrow=(0, 0, 0))
+    def divided(self, tiles: int, k: int) -> Config:
+        """With as many parts of K as so many tiles ask for."""
+        parts = 1
+        while parts < self.parts and 2 * parts * tiles <= self.programs and k >= 2 * parts * _LEAST_K:
+            parts *= 2
+        return replace(self, parts=parts, programs=0)
 
 
 @dataclass(frozen=True)
@@ -72,56 +77,69 @@ _SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
-        2: Config(16, 128, 128, 8, 3, swap=True), 12: Config(16, 128, 64, 4, 3, swap=True),
+        2: Config(16, 128, 64, 4, 3, swap=True, parts=4, programs=500), 12: Config(16, 128, 64, 4, 3, swap=True),
         24: Config(32, 128, 64, 4, 3, swap=True), 72: Config(64, 256, 64, 4, 4),
         200: Config(128, 256, 64, 8, 4, group_m=8, short=64), MANY: Config(128, 256, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", gated=True): {
-        12: Config(16, 64, 128, 4, 4, swap=True), 24: Config(32, 64, 128, 4, 4, swap=True),
+        12: Config(16, 64, 128, 4, 4, swap=True, parts=4, programs=150), 24: Config(32, 64, 128, 4, 4, swap=True),
         72: Config(64, 128, 64, 8, 4, swap=True), 200: Config(128, 128, 64, 8, 4, group_m=8, short=64),
         MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", decoded=8): {
-        12: Config(16, 128, 128, 4, 3, few=100, narrow=(64, 4, 5)), 40: Config(32, 128, 128, 8, 3),
+        12: Config(16, 128, 128, 4, 3, parts=4, programs=1200), 40: Config(32, 128, 128, 8, 3, swap=True),
         100: Config(64, 128, 64, 4, 3), MANY: Config(128, 128, 64, 4, 3, group_m=8, short=64),
     },
     Kind("bf16", decoded=8, gated=True): {
-        12: Config(16, 64, 128, 4, 4, few=48, narrow=(32, 4, 4)), 40: Config(32, 64, 128, 4, 3),
+        2: Config(16, 64, 128, 4, 4, parts=4, programs=500), 12: Config(16, 128, 128, 8, 3),
+        40: Config(32, 64, 128, 4, 3),
         100: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 4, 3, group_m=8, short=64),
     },
     # 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
-    # operand they stay in registers.
+    # operand they stay in registers. Scales of whole steps multiply their product (promoted), smaller ones the weights.
     Kind("bf16", decoded=4): {
-        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        12: Config(16, 128, 128, 4, 3, parts=8, programs=1200), 20: Config(32, 64, 128, 4, 3),
         40: Config(32, 128, 128, 8, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
         300: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
         MANY: Config(128, 64, 128, 4, 2, swap=True, group_m=8, short=64),
     },
     Kind("bf16", decoded=4, gated=True): {
-        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
-        40: Config(32, 64, 128, 4, 3, swap=True), MANY: Config(128, 64, 128, 4, 3, swap=True, group_m=8, short=64),
+        2: Config(16, 64, 128, 4, 3, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 3, swap=True),
+        20: Config(32, 64, 128, 4, 3), 40: Config(32, 64, 128, 4, 3, swap=True),
+        MANY: Config(128, 64, 128, 4, 3, swap=True, group_m=8, short=64),
+    },
+    Kind("bf16", decoded=4, promoted=True): {
+        12: Config(16, 64, 128, 4, 3, swap=True, parts=4, programs=2000), 40: Config(32, 128, 128, 8, 3, swap=True),
+        100: Config(64, 128, 128, 8, 3, swap=True), MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
+    },
+    Kind("bf16", decoded=4, promoted=True, gated=True): {
+        2: Config(16, 64, 128, 4, 4, swap=True, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 4, swap=True),
+        20: Config(32, 64, 128, 4, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
+        MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
     },
     Kind("bf16", decoded=4, gated=True, bias=True): {
-        12: Config(16, 64, 128, 4, 3, few=200, narrow=(32, 4, 4)), 20: Config(32, 64, 128, 4, 3),
+        2: Config(16, 64, 128, 4, 3, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 3, swap=True),
+        20: Config(32, 64, 128, 4, 3),
         40: Config(32, 64, 128, 4, 3, swap=True), MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
     },
     Kind("int8"): {
-        2: Config(16, 128, 256, 8, 3, swap=True), 12: Config(16, 64, 128, 4, 3, swap=True),
+        2: Config(16, 128, 256, 8, 3, swap=True, parts=4, programs=300), 12: Config(16, 64, 128, 4, 3, swap=True),
         24: Config(32, 128, 128, 8, 3, swap=True), 72: Config(64, 128, 128, 4, 3),
         MANY: Config(128, 128, 128, 4, 3, group_m=16, short=64),
     },
     Kind("int8", gated=True): {
-        2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 128, 4, 3, swap=True),
+        2: Config(16, 64, 256, 4, 4, swap=True, parts=4, programs=150), 12: Config(16, 64, 128, 4, 3, swap=True),
         24: Config(32, 64, 128, 4, 4, swap=True), 48: Config(64, 64, 128, 4, 3), 100: Config(64, 128, 128, 8, 4),
         MANY: Config(128, 64, 128, 8, 3, group_m=16, short=64),
     },
     Kind("fp8"): {
-        2: Config(16, 128, 128, 8, 4, swap=True), 12: Config(16, 128, 128, 8, 3, swap=True),
+        2: Config(16, 128, 128, 8, 3, swap=True, parts=4, programs=300),
+        12: Config(16, 128, 128, 8, 3, swap=True, parts=4, programs=600),
         24: Config(32, 128, 128, 8, 3, swap=True), 72: Config(64, 128, 128, 4, 3, swap=True),
         MANY: Config(128, 256, 128, 8, 4, group_m=16, short=64),
     },
     Kind("fp8", gated=True): {
-        2: Config(16, 64, 256, 4, 4, swap=True), 12: Config(16, 64, 256, 4, 3, swap=True),
+        2: Config(16, 64, 256, 4, 4, swap=True, parts=4, programs=150), 12: Config(16, 64, 256, 4, 3, swap=True),
         24: Config(32, 64, 128, 4, 4, swap=True), 72: Config(64, 128, 128, 8, 4),
         MANY: Config(128, 128, 128, 8, 4, group_m=8, short=64),
     },
@@ -130,7 +148,7 @@ HOPPER: dict[Kind, Table] = {
         24: Config(32, 64, 128, 4, 4, swap=True), MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     Kind("fp8", promoted=True): {
-        2: Config(16, 128, 128, 4, 4), 12: Config(16, 128, 128, 4, 3, swap=True),
+        2: Config(16, 128, 128, 4, 4, parts=4, programs=300), 12: Config(16, 128, 128, 4, 3, swap=True),
         24: Config(32, 128, 128, 4, 3, swap=True), 72: Config(64, 128, 128, 4, 4),
         200: Config(64, 128, 128, 4, 4, group_m=8), MANY: Config(128, 128, 128, 8, 4, group_m=16, short=64),
     },
@@ -179,7 +197,7 @@ def table(kind: Kind, arch: int) -> Table:
 
 
 @cache
-def choose(kind: Kind, arch: int, rows_per_expert: int, experts: int, channels: int) -> Config:
+def choose(kind: Kind, arch: int, rows_per_expert: float, experts: int, channels: int, k: int) -> Config:
     """For so many expected rows in each of so many experts."""
     config = next(config for rows, config in table(kind, arch).items() if rows_per_expert <= rows)
-    return config.narrowed() if experts * -(-channels // config.block_n) < config.few else config
+    return config.divided(experts * -(-channels // config.block_n), k)

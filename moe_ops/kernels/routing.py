@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .parts import added
+
 
 @triton.jit
 def _sort_kernel(ids_ptr, order_ptr, offsets_ptr, R, E, BLOCK: tl.constexpr):
@@ -103,21 +105,25 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _combine_kernel(rows_ptr, out_ptr, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = sum over a of rows[t * A + a], slots in order, fp32."""
+def _combine_kernel(rows_ptr, out_ptr, H, stride_p, PARTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over a of rows[t * A + a], slots in order, fp32; a row is the sum of its parts, rounded."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for a in tl.static_range(TOP_K):
-        total += tl.load(rows_ptr + (t * TOP_K + a) * H + h, mask=h < H, other=0.0).to(tl.float32)
+        row = added(rows_ptr + (t * TOP_K + a) * H + h, stride_p, h < H, PARTS)
+        total += row.to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + t * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
-def combine(rows: Tensor, top_k: int) -> Tensor:
-    """rows (T * A, H) in slot order -> (T, H)."""
-    tokens, width = rows.shape[0] // top_k, rows.shape[1]
-    rows, out = rows.contiguous(), rows.new_empty(tokens, width)
+def combine(rows: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Tensor:
+    """rows (T * A, H), or (P, T * A, H) in P parts that add up, in slot order -> (T, H) of `dtype`, or theirs."""
+    tokens, width = rows.shape[-2] // top_k, rows.shape[-1]
+    rows, out = rows.contiguous(), rows.new_empty(tokens, width, dtype=dtype or rows.dtype)
+    parts, stride_p = (rows.shape[0], rows.stride(0)) if rows.ndim == 3 else (1, 0)
     block = min(triton.next_power_of_2(width), 1024)
     if tokens:
-        _combine_kernel[(tokens, triton.cdiv(width, block))](rows, out, width, TOP_K=top_k, BLOCK=block, num_warps=4)
+        _combine_kernel[(tokens, triton.cdiv(width, block))](
+            rows, out, width, stride_p, PARTS=parts, TOP_K=top_k, BLOCK=block, num_warps=4
+        )
     return out

@@ -6,7 +6,7 @@ M rows (sorted by expert), N output channels, K contraction, E experts; BM, BN, 
 import triton
 import triton.language as tl
 
-from .decode import pair_values, scale_value
+from .decode import PAIR_UNIT, pair_values, scale_value
 
 
 @triton.jit
@@ -184,10 +184,10 @@ def plane(words, P: tl.constexpr, TYPE: tl.constexpr, DECODE: tl.constexpr, ELEM
 
 @triton.jit
 def accumulate_nibbles(
-    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_wk, stride_xsk, stride_wsk,
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, end, K, stride_wk, stride_xsk, stride_wsk,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr, GATED: tl.constexpr,
-    EVEN_K: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_X: tl.constexpr, GROUP_K: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` for weights of 4 bits: w_ptrs (BN, 16) to words, x_ptrs (BM, 32) to rows in the order of nibbles.
 
@@ -196,15 +196,15 @@ def accumulate_nibbles(
     i = tl.arange(0, 16)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     acc_up = acc
-    TYPE: tl.constexpr = MMA if MMA == tl.bfloat16 and KIND != "float32" else tl.float32
+    TYPE: tl.constexpr = MMA if not FOLD or (MMA == tl.bfloat16 and KIND != "float32") else tl.float32
     ahead, ahead_up = acc, acc
     if AHEAD:
-        ahead = load_scales(ws_ptrs, 0, K, stride_wsk, FOLD, 128)
-        ahead_up = load_scales(ws_ptrs + up_ws, 0, K, stride_wsk, FOLD, 128) if GATED else ahead
-    for k in range(0, K, 128):
+        ahead = load_scales(ws_ptrs, begin, K, stride_wsk, FOLD, 128)
+        ahead_up = load_scales(ws_ptrs + up_ws, begin, K, stride_wsk, FOLD, 128) if GATED else ahead
+    for k in range(begin, end, 128):
         inside = (k + 8 * i)[None, :] < K
         w = load_k(w_ptrs, inside, EVEN_K)
-        part = acc if xs_ptrs is None else tl.zeros_like(acc)
+        part = tl.zeros_like(acc) if SCALED else acc
         part_up, u = part, w
         ws = tl.full((1, 1), 1.0, TYPE)
         us = ws
@@ -215,7 +215,7 @@ def accumulate_nibbles(
             ws = spread_scales(load_scales(ws_ptrs, k, K, stride_wsk, FOLD, 128), TYPE, KIND, 32)
         if GATED:
             u = load_k(w_ptrs + up_w, inside, EVEN_K)
-            part_up = acc_up if xs_ptrs is None else tl.zeros_like(acc)
+            part_up = tl.zeros_like(acc) if SCALED else acc_up
             if AHEAD:
                 us = spread_scales(ahead_up, TYPE, KIND, 32)
                 ahead_up = load_scales(ws_ptrs + up_ws, k + 128, K, stride_wsk, FOLD, 128)
@@ -226,21 +226,26 @@ def accumulate_nibbles(
             part = mma(x, (plane(w, p, TYPE, DECODE, ELEMENT) * ws).to(MMA), part, SWAP, None)
             if GATED:
                 part_up = mma(x, (plane(u, p, TYPE, DECODE, ELEMENT) * us).to(MMA), part_up, SWAP, None)
-        if xs_ptrs is None:
-            acc, acc_up = part, part_up
-        else:
-            xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
-            acc += scaled(part, xs, None, KIND, False, SWAP)
+        if SCALED:
+            xs = tl.full((), 1.0, tl.float32)
+            if xs_ptrs is not None:
+                xs = tl.load(xs_ptrs + k // GROUP_X * stride_xsk)
+            at = None if FOLD or ws_ptrs is None else ws_ptrs + k // GROUP_K * stride_wsk
+            acc += scaled(part, xs, at, KIND, UNIFORM, SWAP)
             if GATED:
-                acc_up += scaled(part_up, xs, None, KIND, False, SWAP)
+                acc_up += scaled(part_up, xs, at if at is None else at + up_ws, KIND, UNIFORM, SWAP)
+        else:
+            acc, acc_up = part, part_up
         x_ptrs += 128
         w_ptrs += 16 * stride_wk
+    if TYPE == tl.bfloat16 and ELEMENT[0] == 0:
+        acc, acc_up = acc * PAIR_UNIT, acc_up * PAIR_UNIT
     return acc, acc_up
 
 
 @triton.jit
 def accumulate_scaled(
-    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, end, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
     X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +258,7 @@ def accumulate_scaled(
     X: tl.constexpr = 2 if X_TYPE == "e2m1" else 1  # codes in a byte
     W: tl.constexpr = 2 if W_TYPE == "e2m1" else 1
     xx, ww = X * tl.arange(0, BLOCK_K // X)[None, :], W * tl.arange(0, BLOCK_K // W)[None, :]
-    for k in range(0, K, BLOCK_K):
+    for k in range(begin, end, BLOCK_K):
         x, xs = load_k(x_ptrs, k + xx < K, EVEN_K), load_scales(xs_ptrs, k, K, stride_xsk, GROUP, BLOCK_K)
         w, ws = load_k(w_ptrs, k + ww < K, EVEN_K), load_scales(ws_ptrs, k, K, stride_wsk, GROUP, BLOCK_K)
         acc = tl.dot_scaled(x, xs, X_TYPE, w.T, ws, W_TYPE, acc)
@@ -268,7 +273,7 @@ def accumulate_scaled(
 
 @triton.jit
 def accumulate(
-    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, end, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_X: tl.constexpr, GROUP_K: tl.constexpr,
     FOLD: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, UNIFORM: tl.constexpr, EVEN_K: tl.constexpr,
@@ -285,7 +290,7 @@ def accumulate(
     sums: tl.constexpr = tl.int32 if MMA == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), sums)
     acc_up = acc
-    for k in range(0, K, BLOCK_K):
+    for k in range(begin, end, BLOCK_K):
         inside = (k + uu)[None, :] < K
         x = load_k(x_ptrs, (k + kk)[None, :] < K, EVEN_K).to(MMA)
         w = DECODE(load_codes(w_ptrs, inside, BITS, EVEN_K), TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
