@@ -2,9 +2,10 @@
 
     python examples/tune.py --formats fp8 --shapes A B --json times.json
 
-A job is one product (first: gate and up with gathered rows; second: down, scattered) of one shape, format and number of
-tokens; parts of K count with the kernel that adds them, unless a layer has one that reads them anyway. Every candidate is compiled in parallel processes first, then timed alone by CUDA-graph replay over rotating
-inputs; its result must agree with the first candidate's. The table gives the best per job, the file every time.
+A job is one product (first: gate and up with gathered rows; second: down, scattered) of one shape, format and number
+of tokens; parts of K count with the kernel that adds them, unless a layer has one that reads them anyway. Every
+candidate is compiled in parallel processes first, then timed alone by CUDA-graph replay over rotating inputs; its
+result must agree with the first candidate's. The table gives the best per job, the file every time.
 """
 
 from __future__ import annotations

@@ -86,4 +86,4 @@ def test_quantizing_frees_the_float_weights(name):
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
         quantized(x, ids, weights)
-    assert torch.cuda.max_memory_allocated() - before < 64 * 4 * (4 * h + 4 * i) * 4  # rows in up to four parts, never a weight
+    assert torch.cuda.max_memory_allocated() - before < 64 * 4 * (4 * h + 4 * i) * 4  # rows in parts, never a weight

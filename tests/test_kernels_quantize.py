@@ -13,7 +13,7 @@ from moe_ops.formats import FORMATS
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from moe_ops.kernels.decode import DECODE, DECODE_BITS, minifloat, pair_values, scale_value  # noqa: E402
+from moe_ops.kernels.decode import DECODE, DECODE_BITS, PAIR_UNIT, minifloat, pair_values, scale_value  # noqa: E402
 
 pytestmark = pytest.mark.kernels
 DTYPES = [torch.float32, *([torch.bfloat16, torch.float16] if CUDA else [])]  # to compute in

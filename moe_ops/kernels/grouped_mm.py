@@ -82,8 +82,8 @@ def multiply(
         w_ptrs += (begin // 8 if NIBBLES else begin * BITS // 8 if BITS < 8 else begin) * stride_wk
     if X_TYPE is not None:
         acc, acc_up = accumulate_scaled(
-            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
-            X_TYPE, W_TYPE, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K, GATED, EVEN_K,
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_xk, stride_wk, stride_xsk,
+            stride_wsk, X_TYPE, W_TYPE, GROUP_K, BLOCK_M, BLOCK_N, BLOCK_K, GATED, EVEN_K,
         )  # fmt: skip
     elif NIBBLES:
         acc, acc_up = accumulate_nibbles(
@@ -93,9 +93,9 @@ def multiply(
         )  # fmt: skip
     else:
         acc, acc_up = accumulate(
-            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_xk, stride_wk, stride_xsk, stride_wsk,
-            MMA, DECODE, ELEMENT, BITS, KIND, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_X, GROUP_K, FOLD, GATED, SCALED, UNIFORM,
-            EVEN_K, SWAP, PROMOTE,
+            x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, up_w, up_ws, begin, until, K, stride_xk, stride_wk, stride_xsk,
+            stride_wsk, MMA, DECODE, ELEMENT, BITS, KIND, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_X, GROUP_K, FOLD, GATED,
+            SCALED, UNIFORM, EVEN_K, SWAP, PROMOTE,
         )  # fmt: skip
 
     xr = None
