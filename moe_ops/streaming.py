@@ -104,6 +104,14 @@ class Stream:
                 raise ValueError(f"{self.label(weight)}: the checkpoint lacks the weights{of}")
         self.module._mark()
 
+    def experts(self, weight: str) -> int | None:
+        """Experts whose matrices are wanted; None for a Linear."""
+        return self._layouts[weight].experts
+
+    def experts_stored(self, weight: str) -> int | None:
+        """Experts in the float model's parameter: more, where some compute nothing."""
+        return None if self.experts(weight) is None else self.module.float_shape(weight)[0]
+
     def label(self, weight: str, expert: int | None = None, shard: int | None = None) -> str:
         layout, full = self._layouts[weight], f"{self.name}.{weight}" if self.name else weight
         if expert is None or layout.experts is None:

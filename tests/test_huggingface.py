@@ -17,6 +17,7 @@ from saved import assert_same, load, save
 
 import moe_ops
 from moe_ops import FORMATS, MoeOpsConfig, QuantizedExperts, QuantizedLinear
+from moe_ops.huggingface import quantizer
 
 pytestmark = pytest.mark.swap
 # One for each way that a checkpoint stores experts: a matrix for each, all in one, transposed and interleaved with
@@ -343,3 +344,15 @@ def test_a_checkpoint_of_every_version(folder, tmp_path):
     assert codes and all(kept[key].shape[-1] == 1 for key in codes if kept[key].element_size() == 1)
     want = torch.tensor(json.loads((folder / "expected.json").read_text()))
     torch.testing.assert_close(tiny.run(model)[0, :, :8].float(), want, rtol=0.05, atol=0.02)
+
+
+@torch.no_grad()
+def test_experts_that_do_not_hold_their_weights(tmp_path, monkeypatch):
+    """What cannot be streamed, for its weights are spread over modules below it, is quantized after it was loaded."""
+    cls = save("qwen3_moe", tmp_path)
+    want = load(cls, tmp_path, "mxfp4")
+    monkeypatch.setattr(quantizer, "_owns_its_weights", lambda target: target.spec is None)
+    got = load(cls, tmp_path, "mxfp4")
+    assert_same(got, want)
+    got.save_pretrained(tmp_path / "codes")
+    assert_same(load(cls, tmp_path / "codes"), want)

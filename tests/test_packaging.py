@@ -24,7 +24,9 @@ LAYERS = (
     ("ops",),
     ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
-    ("huggingface", "checkpoints", "quality"),
+    ("tensor_files", "streaming"),
+    ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),
+    ("convert", "export_words", "export", "inspection", "__main__"),
     ("lowering",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

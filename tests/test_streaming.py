@@ -19,7 +19,7 @@ from moe_ops.quantize import skeleton_
 from moe_ops.streaming import Stream, dummy_, streams
 
 TESTS = Path(__file__).parent
-E, WIDTH, H = 4, 128, 128
+E, WIDTH, H = 2, 128, 128
 LAYOUTS = {
     "canonical": {}, "transposed": {"transposed": True}, "interleaved": {"interleaved": True},
     "transposed and interleaved, with biases": {"transposed": True, "interleaved": True, "bias": True},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,14 @@ class Codec:
     @property
     def packed(self) -> bool:
         return self.element.bits < 8
+
+    def refined(self, unit: int) -> Codec:
+        """The codec whose blocks also end at every multiple of `unit`: it stores the same numbers, scales repeated."""
+        whole, _, before = self.name.partition("@")
+        unit = math.gcd(unit, int(before or 0))
+        bn, bk = (math.gcd(extent, unit) if extent else 0 for extent in self.block or (0, 0))
+        block = self.block and (bn, bk)
+        return self if block == self.block else replace(self, name=f"{whole}@{unit}", block=block)
 
     def stored(self, k: int) -> int:
         """Extent of K as it is stored."""
@@ -165,6 +173,12 @@ class Format:
     def quantized(self) -> bool:
         return self.weight.block is not None
 
+    def refined(self, unit: int) -> Format:
+        """The same with `weight.refined(unit)`, under a name that `FORMATS` composes."""
+        weight, (whole, slash, activation) = self.weight.refined(unit), self.name.partition("/")
+        name = f"{whole.partition('@')[0]}@{weight.name.partition('@')[2]}{slash}{activation}"
+        return self if weight is self.weight else Format(name, weight, self.activation)
+
     def check(self, n: int, k: int) -> str | None:
         """Why a weight (n, k), or an activation row of k, cannot take this format; None if it can."""
         return self.weight.check(n, k) or (self.activation.check(1, k) if self.activation else None)
@@ -178,7 +192,10 @@ class UnknownFormat(ValueError, KeyError):
 
 
 class Formats(Mapping[str, Format]):
-    """Name -> Format. Pairs `weight/activation` are composed on look-up; iteration gives the listed names."""
+    """Name -> Format. Pairs `weight/activation` are composed on look-up; iteration gives the listed names.
+
+    So is `weight@unit`, whose blocks also end at multiples of `unit`: what a slice of a block needs (sharding.py).
+    """
 
     def __init__(self) -> None:
         self._listed: dict[str, Format] = {}
@@ -224,6 +241,9 @@ class Formats(Mapping[str, Format]):
         if name in self._listed:
             return self._listed[name]
         weight, slash, activation = name.partition("/") if isinstance(name, str) else ("", "", "")
+        whole, at, unit = weight.partition("@")
+        if at and whole in self._listed and unit.isdecimal() and int(unit):
+            return self[f"{whole}{slash}{activation}"].refined(int(unit))
         if not slash or weight not in self._listed or activation not in self._activations:
             if weight in self._listed and activation in self._listed and "/" not in activation:
                 raise UnknownFormat(f"format {name!r}: {activation} is for weights only, it takes no activations")

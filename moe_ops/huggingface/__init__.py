@@ -6,6 +6,7 @@ module is imported, or at once if it is there already. Everything else here may 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .attach import attach
@@ -42,14 +43,9 @@ def too_old() -> str | None:
 def _register_quantizer() -> None:
     if too_old():
         return
-    from transformers.quantizers import auto
-
-    from .config import MoeOpsConfig
-    from .quantizer import MoeOpsQuantizer
-
-    # Not through the decorators, which refuse a name that is taken: a reload registers again.
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[MoeOpsConfig.METHOD] = MoeOpsConfig
-    auto.AUTO_QUANTIZER_MAPPING[MoeOpsConfig.METHOD] = MoeOpsQuantizer
+    module = importlib.import_module(".quantizer", __name__)
+    if hasattr(module, "register"):  # else it is being imported, and registers at its end
+        module.register()
 
 
 def _register_experts() -> None:

@@ -62,15 +62,15 @@ class StreamingConverter(WeightConverter):
         if target is None or len(self.target_patterns) > 1:
             return self._convert_whole(context, hf_quantizer, loading_info)
         stream, weight = target
-        experts = stream.module.layouts()[weight].experts
+        experts, stored = stream.experts(weight), stream.experts_stored(weight)
         absent = [p for p in self.source_patterns if p not in counts]
-        if experts is not None and not absent and set(counts.values()) == {experts} and experts > 1:
+        if experts is not None and not absent and set(counts.values()) == {stored} and stored != 1:
             for e in range(experts):
                 self._take(stream, weight, e, {p: self.collected_tensors[p][e] for p in counts}, context)
         elif not absent and set(counts.values()) == {1}:
             self._take_stacked(stream, weight, context)
         else:
-            raise ValueError(self._incomplete(stream.label(weight), experts, counts, absent))
+            raise ValueError(self._incomplete(stream.label(weight), stored, counts, absent))
         self.collected_tensors.clear()
         missing.discard(layer_name)
         return {}
@@ -94,8 +94,8 @@ class StreamingConverter(WeightConverter):
     def _take_stacked(self, stream: Stream, weight: str, context: dict) -> None:
         """One stored tensor for each source: all experts of it, whose steps are run on one after the other."""
         whole = {p: _read(found.pop()) for p, found in self.collected_tensors.items()}
-        experts = stream.module.layouts()[weight].experts
-        if experts is None or any(t.ndim < 3 or t.shape[0] != experts for t in whole.values()):
+        experts, stored = stream.experts(weight), stream.experts_stored(weight)
+        if experts is None or any(t.ndim < 3 or t.shape[0] != stored for t in whole.values()):
             stream.take_whole(weight, self._run({p: [t] for p, t in whole.items()}, context))
             return
         for e in range(experts):
@@ -123,10 +123,10 @@ class StreamingConverter(WeightConverter):
         stacks = isinstance(first, MergeModulelist) and first.dim == 0 and joined
         return stacks and stream.module.as_stored(weight) and len(self.source_patterns) == shards
 
-    def _incomplete(self, label: str, experts: int | None, counts: dict[str, int], absent: list[str]) -> str:
+    def _incomplete(self, label: str, stored: int | None, counts: dict[str, int], absent: list[str]) -> str:
         got = ", ".join(f"{n} of {p}" for p, n in counts.items())
         lost = f" and none of {', '.join(absent)}" if absent else ""
-        return f"{label}: the checkpoint has {got}{lost}, the model has {experts} experts"
+        return f"{label}: the checkpoint has {got}{lost}, the model has {stored} experts"
 
 
 def streaming(conversions: list) -> list:

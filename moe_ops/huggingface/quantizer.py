@@ -1,4 +1,7 @@
-"""The quantizer that transformers calls from from_pretrained, save_pretrained, Trainer and generate."""
+"""The quantizer that transformers calls from from_pretrained, save_pretrained, Trainer and generate.
+
+It may be imported while transformers is half imported: at the top it imports no more of it than its base classes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ..storage import QuantizedModule
 from ..streaming import Stream, streams
 from ..summary import remember_left
 from ..targets import Plan, Target, plan
-from . import disk, sources
+from . import disk
 from .attach import keep_names
 from .config import MoeOpsConfig
 
@@ -156,16 +159,19 @@ class MoeOpsQuantizer(HfQuantizer):
         conversions = [] if self.pre_quantized else streaming(weight_conversions)
         model, self._model = self._model, None
         if self._files and model is not None:
-            _raise(self._check(model, sources.headers(self._files), conversions))
+            _raise(self._check(model, conversions))
         return conversions
 
-    def _check(self, model: Any, stored: dict[str, sources.Stored], conversions: list) -> list[str]:
+    def _check(self, model: Any, conversions: list) -> list[str]:
+        from . import sources
+
+        stored = sources.headers(self._files)
         found = sources.trace(model, stored, conversions)
         if self.pre_quantized:
             codes = [f"{name}.{key}" for name, m in streams(model) for key in m._parameters if disk.is_code(m, key)]
             want = {key: (t.dtype, t.shape) for key, t in model.state_dict().items()}
             return sources.check_codes(found, stored, want, codes, _saved(model))
-        experts_of = {name: s.module.layouts()[weight].experts for name, (s, weight) in self._streams.items()}
+        experts_of = {name: s.experts_stored(weight) for name, (s, weight) in self._streams.items()}
         inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
         state = {k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in inside))}
         floats = tuple(f"{name}." for name in self._float_experts)
@@ -290,3 +296,14 @@ def _as_saved(model: Any, config: MoeOpsConfig) -> Plan:
         if name not in built
     ]
     return found
+
+
+def register() -> None:
+    """Not through transformers' decorators, which refuse a name that is taken: a reload registers again."""
+    from transformers.quantizers import auto
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[MoeOpsConfig.METHOD] = MoeOpsConfig
+    auto.AUTO_QUANTIZER_MAPPING[MoeOpsConfig.METHOD] = MoeOpsQuantizer
+
+
+register()

@@ -31,7 +31,7 @@ class _Streams:
         return self._by_name.get(name)
 
     def experts_of(self) -> dict[str, int | None]:
-        return {name: s.module.layouts()[weight].experts for name, (s, weight) in self._by_name.items()}
+        return {name: s.experts_stored(weight) for name, (s, weight) in self._by_name.items()}
 
 
 @torch.no_grad()
