@@ -66,7 +66,7 @@ def assert_same(got, want):
     assert set(got) == set(want)
     for key, t in want.items():
         assert got[key].dtype == t.dtype and got[key].shape == t.shape, key
-        assert torch.equal(raw(got[key]), raw(t)), key
+        assert torch.equal(raw(got[key]).cpu(), raw(t).cpu()), key
 
 
 # One format of each way to store codes and scales, and one module that is in float.

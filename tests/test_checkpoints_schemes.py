@@ -5,12 +5,12 @@ import copy
 import checkpoint_writer as w
 import pytest
 import torch
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 import moe_ops
 from moe_ops import FORMATS, QuantizedExperts
 from moe_ops.storage import QuantizedModule
 
+PRESET_SCHEMES = pytest.importorskip("compressed_tensors.quantization.quant_scheme").PRESET_SCHEMES
 pytestmark = pytest.mark.swap
 BF16 = torch.bfloat16
 ROW, TENSOR, TILE, G32, G16 = (1, 0), (0, 0), (128, 128), (1, 32), (1, 16)

@@ -5,9 +5,6 @@ import re
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from tiny_models import INSTALLED, build
 from torch import nn
@@ -19,6 +16,9 @@ from moe_ops.export_words import spell
 from moe_ops.formats import FORMATS, Codec, Format
 from moe_ops.storage import QuantizedModule
 
+BaseCompressor = pytest.importorskip("compressed_tensors.compressors").BaseCompressor
+infer_module_format = pytest.importorskip("compressed_tensors.compressors.format").infer_module_format
+QuantizationConfig = pytest.importorskip("compressed_tensors.quantization").QuantizationConfig
 pytestmark = [pytest.mark.swap, pytest.mark.filterwarnings("ignore:.*global scales of their own")]
 SPELLED = [name for name, f in FORMATS.items() if spell(f)]
 SIZE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}

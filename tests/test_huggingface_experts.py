@@ -100,6 +100,8 @@ def test_ids_of_no_expert_add_nothing(name):
 ])  # fmt: skip
 def test_fullgraph(name, read_before):
     """Also where it was chosen in the config, so that nothing has looked at the experts before."""
+    if not read_before and torch.__version__ < (2, 12):
+        pytest.skip("torch 2.11 traces no function whose result is taken as a constant if its argument is a module")
     model = routed(name)
     model.set_experts_implementation("moe_ops")
     want = tiny.run(model)

@@ -64,7 +64,10 @@ def spec_of(module: nn.Module) -> ExpertsSpec:
 
 @torch.compiler.assume_constant_result
 def _read_once(module: nn.Module) -> ExpertsSpec:
-    """For the compiler: it takes what this returns, instead of tracing the evaluation of a gate."""
+    """For the compiler: it takes what this returns, instead of tracing the evaluation of a gate.
+
+    torch 2.11 cannot; there a model whose config chose the implementation runs once before it is compiled.
+    """
     return spec_of(module)
 
 
