@@ -60,6 +60,8 @@ def candidates(job: Job) -> Iterator[Config]:
 def _nibbles(r: float) -> Iterator[Config]:
     """Weights of 4 bits: 128 columns a step, always."""
     if r <= 16:
+        if r <= 5:
+            yield from _eight()
         tiles = (32, 4, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3)
         yield from (Config(16, n, 128, w, s, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4, 8)))
         tiles = (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 8, 3)
@@ -83,6 +85,8 @@ def _nibbles(r: float) -> Iterator[Config]:
 def _decoded(r: float) -> Iterator[Config]:
     """Weights of 8 or 6 bits that become bf16 in registers."""
     if r <= 16:
+        if r <= 5:
+            yield from _eight()
         tiles = (32, 4, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)
         yield from (Config(16, n, 128, w, s, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4)))
         tiles = (64, 4, 4), (128, 8, 3)
@@ -96,6 +100,12 @@ def _decoded(r: float) -> Iterator[Config]:
         tiles = (64, 4, 64), (128, 8, 64), (128, 4, 64), (64, 8, 64), (128, 8, 128)
         for (n, w, k), swap in product(tiles, (True, False)):
             yield Config(m, n, k, w, 3, swap=swap, group_m=1 if m == 64 else 8, short=0 if m == 64 else 64)
+
+
+def _eight() -> Iterator[Config]:
+    """Eight rows: weights go first into products of 16 channels and 8 rows."""
+    tiles = (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 8, 3), (128, 4, 4)
+    yield from (Config(8, n, 128, w, s, swap=True, parts=p) for (n, w, s), p in product(tiles, (1, 2, 4, 8)))
 
 
 def _same_type(job: Job) -> Iterator[Config]:

@@ -87,38 +87,41 @@ HOPPER: dict[Kind, Table] = {
         MANY: Config(128, 128, 64, 8, 3, group_m=16, short=64),
     },
     Kind("bf16", decoded=8): {
+        5: Config(8, 128, 128, 4, 3, swap=True, parts=8, programs=2000),
         12: Config(16, 128, 128, 4, 3, parts=4, programs=1200), 40: Config(32, 128, 128, 8, 3, swap=True),
         100: Config(64, 128, 64, 4, 3), MANY: Config(128, 128, 64, 4, 3, group_m=8, short=64),
     },
     Kind("bf16", decoded=8, gated=True): {
-        2: Config(16, 64, 128, 4, 4, parts=4, programs=500), 12: Config(16, 128, 128, 8, 3),
+        5: Config(8, 64, 128, 4, 4, swap=True, parts=8, programs=300), 12: Config(16, 128, 128, 8, 3),
         40: Config(32, 64, 128, 4, 3),
         100: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 4, 3, group_m=8, short=64),
     },
-    # 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
+    # Up to eight rows go second into products of 16 channels. 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
     # operand they stay in registers. Scales of whole steps multiply their product (promoted), smaller ones the weights.
     Kind("bf16", decoded=4): {
+        5: Config(8, 128, 128, 4, 3, swap=True, parts=8, programs=1200),
         12: Config(16, 128, 128, 4, 3, parts=8, programs=1200), 20: Config(32, 64, 128, 4, 3),
         40: Config(32, 128, 128, 8, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
         300: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
         MANY: Config(128, 64, 128, 4, 2, swap=True, group_m=8, short=64),
     },
     Kind("bf16", decoded=4, gated=True): {
-        2: Config(16, 64, 128, 4, 3, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 3, swap=True),
+        5: Config(8, 64, 128, 4, 3, swap=True, parts=8, programs=2000), 12: Config(16, 64, 128, 4, 3, swap=True),
         20: Config(32, 64, 128, 4, 3), 40: Config(32, 64, 128, 4, 3, swap=True),
         MANY: Config(128, 64, 128, 4, 3, swap=True, group_m=8, short=64),
     },
     Kind("bf16", decoded=4, promoted=True): {
+        5: Config(8, 128, 128, 4, 3, swap=True, parts=8, programs=1600),
         12: Config(16, 64, 128, 4, 3, swap=True, parts=4, programs=2000), 40: Config(32, 128, 128, 8, 3, swap=True),
         100: Config(64, 128, 128, 8, 3, swap=True), MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
     },
     Kind("bf16", decoded=4, promoted=True, gated=True): {
-        2: Config(16, 64, 128, 4, 4, swap=True, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 4, swap=True),
+        5: Config(8, 64, 128, 4, 3, swap=True, parts=8, programs=2000), 12: Config(16, 64, 128, 4, 4, swap=True),
         20: Config(32, 64, 128, 4, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
         MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
     },
     Kind("bf16", decoded=4, gated=True, bias=True): {
-        2: Config(16, 64, 128, 4, 3, parts=8, programs=1600), 12: Config(16, 64, 128, 4, 3, swap=True),
+        5: Config(8, 64, 128, 4, 3, swap=True, parts=8, programs=2000), 12: Config(16, 64, 128, 4, 3, swap=True),
         20: Config(32, 64, 128, 4, 3),
         40: Config(32, 64, 128, 4, 3, swap=True), MANY: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
     },
