@@ -73,6 +73,11 @@ class MoeOpsConfig(QuantizationConfigMixin):
         new.refresh(model)
         return new
 
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json. Without scales it says nothing of them: earlier versions read such checkpoints."""
+        said = super().to_dict()
+        return said if self.kv_scales else {key: value for key, value in said.items() if key != "kv_scales"}
+
     def refresh(self, model: nn.Module) -> None:
         """Describe the modules of the model as they are now."""
         self.modules = {name: m.format for name, m in streams(model)}
