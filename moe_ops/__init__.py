@@ -28,6 +28,7 @@ del _ops
 
 
 _LAZY = {"load_quantized": ".checkpoints.load"}  # name -> the module that has it, imported when it is asked for
+_MODULES = ("kv_cache", "sharding")  # imported when they are asked for: the first needs transformers
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +36,8 @@ def __getattr__(name: str) -> Any:
         return _huggingface.config_class()
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

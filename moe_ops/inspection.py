@@ -101,7 +101,8 @@ def inspect(path: str | Path) -> Report:
     reader = _reader(config, folder, report)
     report.tensors, report.bytes = len(stored), sum(s.bytes for s in stored.values())
     kv = kv_keys(stored)
-    report.kv_scales = len(kv)
+    in_config = ((settings(config) or {}).get("kv_scales") or {}) if report.producer == OURS else {}
+    report.kv_scales = len(kv) + 2 * len(in_config)  # of keys and of values
     report.experts = _experts(stored, report)
     ours = ((settings(config) or {}).get("modules") or {}) if report.producer == OURS else None
     for module in ours or ():

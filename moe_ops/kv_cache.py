@@ -9,7 +9,6 @@ half the memory of bf16. B batch, H heads of keys, S positions, D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -18,36 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache, cache_utils
 
-from .checkpoints.kv import ATTRIBUTE
+from .checkpoints.kv import checked, kv_scales
 from .formats.fp8 import E4M3
 
+__all__ = ["Fp8Cache", "kv_scales"]
 _SCALE_BYTES = 4  # of a scale in fp32, behind the codes that it belongs to
 _UPDATES = [
     getattr(cache_utils, name).update
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
 ]
-
-
-def kv_scales(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """{name of an attention module: (scale of keys, scale of values)} as its checkpoint has them; empty without any.
-
-    A scale is what codes are multiplied by. Raises ValueError for one that is not finite or not positive, or that
-    belongs to no module of the model.
-    """
-    found = {}
-    names = {name for name, _ in model.named_modules()}
-    for name, pair in (getattr(model, ATTRIBUTE, None) or {}).items():
-        if name not in names:
-            raise ValueError(f"the model has KV scales for {name!r}, which is none of its modules")
-        found[name] = _checked(name, pair)
-    return found
-
-
-def _checked(where: Any, pair: Any) -> tuple[float, float]:
-    k, v = (float(scale) for scale in pair)
-    if not all(math.isfinite(scale) and scale > 0 for scale in (k, v)):
-        raise ValueError(f"KV scales are finite and positive, those of {where} are {(k, v)}")
-    return k, v
 
 
 class Fp8Cache(Cache):
@@ -72,7 +50,7 @@ class Fp8Cache(Cache):
             raise ValueError("dynamic scales replace the given ones: pass one or the other")
         plain = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len)
         kinds: list[Any] = [type(layer) for layer in plain.layers]
-        given = {i: _checked(f"layer {i}", pair) for i, pair in (scales or {}).items()}
+        given = {i: checked(f"layer {i}", pair) for i, pair in (scales or {}).items()}
         if wrong := [i for i in given if not 0 <= i < len(kinds) or not _has_keys(kinds[i])]:
             raise ValueError(f"KV scales for layers {wrong}: of {len(kinds)} layers, these have no keys and values")
         layers = [

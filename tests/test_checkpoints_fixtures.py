@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 import moe_ops
 from moe_ops import QuantizedExperts
 from moe_ops.checkpoints.kv import kv_scales
+from moe_ops.huggingface import reload_
+from moe_ops.inspection import inspect
 from moe_ops.storage import QuantizedModule
 
 pytestmark = pytest.mark.swap
@@ -104,6 +106,20 @@ def test_kv_scales(name, model):
         }  # fmt: skip
     assert kv_scales(model) == want == model.moe_ops_kv_scales
     assert kv_scales(copy.deepcopy(model).to(torch.float32)) == want
+
+
+def test_kv_scales_survive_the_disk(name, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for _ in range(2):  # saved again from what was loaded
+        again = type(model).from_pretrained(tmp_path)
+        assert kv_scales(again) == kv_scales(model)
+        again.save_pretrained(tmp_path)
+    assert inspect(tmp_path).kv_scales == 2 * len(kv_scales(model))
+    below = again.base_model.__class__.from_pretrained(tmp_path)
+    assert list(kv_scales(below).values()) == list(kv_scales(model).values())
+    again.moe_ops_kv_scales = {}
+    reload_(again, tmp_path)
+    assert kv_scales(again) == kv_scales(model)
 
 
 def build(name, device):

@@ -188,15 +188,28 @@ def test_missing_parts_of_a_quantized_checkpoint(codes, key):
     refused(cls, path, re.escape(key) + ": the checkpoint lacks it", None)
 
 
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_tied_weights_that_are_both_missing(tmp_path):
+    cls = save("qwen3_moe", tmp_path / "float", tie_word_embeddings=True)
+    load(cls, tmp_path / "float", "fp8").save_pretrained(tmp_path / "codes")
+    load(cls, tmp_path / "codes")
+    saved.change(tmp_path / "codes", lambda found: [found.pop(k) for k in EMBEDDINGS if k in found])
+    refused(cls, tmp_path / "codes", "lacks it, and what is tied to it", None)
+
+
 def test_wrong_parts_of_a_quantized_checkpoint(codes):
     cls, path = codes
     whole = saved.tensors(path)["model.safetensors"]
     experts, linear = "model.layers.1.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
+    norm, gate = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.gate.weight"
     for key, wrong in (
         (experts, whole[experts].float()), (experts, whole[experts][:-1]), (experts, whole[experts].squeeze(-1)),
         (experts, whole[experts].view(torch.int8)), (f"{experts}_scale", whole[f"{experts}_scale"].bfloat16()),
         (f"{experts}_scale", whole[f"{experts}_scale"][:, :-1]), (linear, whole[linear][:, :-1]),
         (f"{linear}_scale", whole[f"{linear}_scale"].mT),
+        *((key, whole[key].to(dtype)) for key in (norm, gate) for dtype in (torch.float8_e4m3fn, torch.int32)),
     ):  # fmt: skip
         saved.change(path, lambda found, key=key, wrong=wrong: found.update({key: wrong}))
         refused(cls, path, re.escape(key) + " must be", None)
@@ -215,6 +228,11 @@ def test_wrong_parts_of_a_quantized_checkpoint(codes):
     (lambda c: c["modules"].pop("model.layers.0.mlp.experts"), r"layers\.0\.mlp\.experts\.\w+ must be"),
     (lambda c: c.update(modules={}), "of no module"),
     (lambda c: c.update(rotation="hadamard"), "rotation"),
+    (lambda c: c.update(modules=["lm_head"]), r"modules maps names of modules and parameters, got \['lm_head'\]"),
+    (lambda c: c.update(input_scales={"a": 3}), "input_scales maps parameters to shapes, a to 3"),
+    (lambda c: c.update(kv_scales={"a": [1.0, 0.0]}), r"finite and positive, those of a are \(1.0, 0.0"),
+    (lambda c: c.update(kv_scales={"a": 1.0}), "KV scales are two numbers, those of a are 1.0"),
+    (lambda c: c.update(kv_scales={"model.layers.7": [1.0, 1.0]}), r"layers\.7 with KV scales, .* no such module"),
 ])  # fmt: skip
 def test_a_config_that_says_something_else(codes, change, message):
     cls, path = codes

@@ -115,3 +115,8 @@ def test_without_transformers(monkeypatch):
 
 def test_experts_are_registered():
     assert ALL_EXPERTS_FUNCTIONS["moe_ops"].__module__ == "moe_ops.huggingface.experts"
+
+
+def test_modules_that_the_readme_names_need_no_import_of_their_own():
+    code = "import sys, moe_ops; assert 'transformers' not in sys.modules; moe_ops.sharding.shard_module;"
+    subprocess.run([sys.executable, "-c", code + " moe_ops.kv_cache.Fp8Cache, moe_ops.kv_cache.kv_scales"], check=True)

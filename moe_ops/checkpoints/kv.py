@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,8 +25,29 @@ _INNER = ".attn"  # a module of its own for the kernel, in some engines
 
 
 def kv_scales(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """{name of the attention module: (k_scale, v_scale)} from the checkpoint; {} if it had none."""
-    return dict(getattr(model, ATTRIBUTE, None) or {})
+    """{name of an attention module: (scale of keys, scale of values)} as its checkpoint has them; empty without any.
+
+    A scale is what codes are multiplied by. Raises ValueError for one that is not finite or not positive, or that
+    belongs to no module of the model.
+    """
+    found = {}
+    names = {name for name, _ in model.named_modules()}
+    for name, pair in (getattr(model, ATTRIBUTE, None) or {}).items():
+        if name not in names:
+            raise ValueError(f"the model has KV scales for {name!r}, which is none of its modules")
+        found[name] = checked(name, pair)
+    return found
+
+
+def checked(where: Any, pair: Any) -> tuple[float, float]:
+    """A pair of scales as numbers. Raises ValueError for anything else than two finite ones above 0."""
+    try:
+        k, v = (float(scale) for scale in pair)
+    except (TypeError, ValueError):
+        raise ValueError(f"KV scales are two numbers, those of {where} are {pair!r}") from None
+    if not all(math.isfinite(scale) and scale > 0 for scale in (k, v)):
+        raise ValueError(f"KV scales are finite and positive, those of {where} are {(k, v)}")
+    return k, v
 
 
 def kv_keys(keys: Iterable[str]) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from ..backends.base import FLOATS
+from ..checkpoints.kv import ATTRIBUTE
 from ..experts import QuantizedExperts, canonical_biases_
 from ..formats import FORMATS
 from ..quantize import dequantize_, replace_
@@ -170,7 +171,10 @@ class MoeOpsQuantizer(HfQuantizer):
         if self.pre_quantized:
             codes = [f"{name}.{key}" for name, m in streams(model) for key in m._parameters if disk.is_code(m, key)]
             want = {key: (t.dtype, t.shape) for key, t in model.state_dict().items()}
-            return sources.check_codes(found, stored, want, codes, _saved(model))
+            problems = sources.check_codes(found, stored, want, codes, _saved(model))
+            ties = model.all_tied_weights_keys.items()
+            lost = {one for pair in ties if not any(key in found for key in pair) for one in pair[1:]}
+            return problems + [f"{name}: the checkpoint lacks it, and what is tied to it" for name in sorted(lost)]
         experts_of = {name: s.experts_stored(weight) for name, (s, weight) in self._streams.items()}
         inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
         state = {k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in inside))}
@@ -193,6 +197,8 @@ class MoeOpsQuantizer(HfQuantizer):
         from .. import lowering
 
         lowering.register()
+        if self.quantization_config.kv_scales:
+            setattr(model, ATTRIBUTE, _kv_scales(model, self.quantization_config))
         self.quantization_config.refresh(model)
         model.quantization_config = self.quantization_config
         keep_names(model)
@@ -276,17 +282,27 @@ def _saved(model: Any) -> list[str]:
     ]  # fmt: skip
 
 
+def _here(model: Any, name: str, what: str) -> str:
+    """The name here of a module of the checkpoint, which may have been saved with or without a head."""
+    have, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
+    known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in have]
+    if not known:
+        raise ValueError(f"the checkpoint has {name} {what}, this {type(model).__name__} has no such module")
+    return known[0]
+
+
+def _kv_scales(model: Any, config: MoeOpsConfig) -> dict[str, tuple[float, ...]]:
+    return {_here(model, name, "with KV scales"): tuple(pair) for name, pair in config.kv_scales.items()}
+
+
 def _as_saved(model: Any, config: MoeOpsConfig) -> Plan:
     """The modules of a checkpoint of ours, in the formats that it has them in."""
     if not config.modules:
         raise ValueError("config.json says quant_method moe_ops, and of no module how it is stored")
-    have, prefix = {name for name, _ in model.named_modules()}, f"{model.base_model_prefix}."
-    wanted: dict[str, Any] = {}
-    for name, stored in config.modules.items():
-        known = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in have]
-        if not known:
-            raise ValueError(f"the checkpoint has {name} in {stored}, this {type(model).__name__} has no such module")
-        wanted[known[0]] = FORMATS[stored]
+    wanted: dict[str, Any] = {
+        _here(model, name, f"in {stored}"): FORMATS[stored] for name, stored in config.modules.items()
+    }
+    _kv_scales(model, config)  # refused before anything is read
     found = plan(model, Rules(wanted, {}, {}, ()), strict=True, loaded=False)
     built = {name for target in found.targets for name in target.names}
     notes = {row.name: row.note for row in found.left}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.kv import ATTRIBUTE
 from ..experts import QuantizedExperts
 from ..storage import QuantizedModule
 from ..streaming import Stream, streams
@@ -150,6 +151,7 @@ def _load_codes(model: Any, stored: Mapping[str, sources.Stored], said: MoeOpsCo
     for name in want:
         ((key, *_),) = found[name].keys.values()
         state[name].copy_(files.read(key, state[name].device))
+    setattr(model, ATTRIBUTE, {name: tuple(pair) for name, pair in said.kv_scales.items()})
 
 
 def _raise(problems: list[str]) -> None:

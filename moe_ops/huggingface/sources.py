@@ -141,7 +141,8 @@ def check_codes(
             problems += [f"{name}: the checkpoint lacks it"] if name in needed else []
             continue
         have = stored[keys[0]]
-        if have.shape != tuple(shape) or (name in codes and have.dtype != spelling(dtype)):
+        cast = dtype.is_floating_point and dtype.itemsize > 1 and have.dtype not in _FLOATS  # codes without a scale
+        if have.shape != tuple(shape) or cast or (name in codes and have.dtype != spelling(dtype)):
             want = f"{spelling(dtype)} {tuple(shape)}"
             problems.append(f"{keys[0]} must be {want}, the checkpoint has {have.dtype} {have.shape}")
     return problems
