@@ -63,6 +63,8 @@ def parse(format: Choice | Mapping[str, Choice], ignore: str | Iterable[str]) ->
     given = dict(format) if isinstance(format, Mapping) else dict.fromkeys(CLASSES, format)
     if not isinstance(format, Mapping) and format is None:
         raise ValueError(f"format is None; name one of {', '.join(FORMATS)}")
+    if not given:
+        raise ValueError(f"format is an empty dict: nothing would be quantized; name one of {', '.join(FORMATS)}")
     chosen = {pattern: _format(value) for pattern, value in given.items()}
     for pattern in (*chosen, *ignore):
         if not isinstance(pattern, str) or not pattern:

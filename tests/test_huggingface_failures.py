@@ -63,6 +63,33 @@ def test_missing_weights(floats, lost):
         refused(cls, path, re.escape(lost[0]), {"linear": "fp8"})
 
 
+KEPT = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.gate.weight"]  # never quantized
+
+
+@pytest.mark.parametrize("key", KEPT)
+def test_what_stays_in_float_is_not_made_up(floats, key):
+    """transformers would fill it with random numbers, and report that in a table."""
+    cls, path = floats
+    saved.change(path, lambda found: found.pop(key))
+    refused(cls, path, rf"{re.escape(key)}: the checkpoint lacks it")
+
+
+@pytest.mark.parametrize("key", KEPT)
+def test_codes_where_floats_belong(floats, key):
+    cls, path = floats
+    saved.change(path, lambda found: found.update({key: found[key].to(torch.float8_e4m3fn)}))
+    refused(cls, path, rf"{re.escape(key)} is F8_E4M3: codes of another tool")
+
+
+@pytest.mark.parametrize("part", ["input_scale", "zero_point"])
+def test_parts_that_the_format_does_not_have(codes, part):
+    cls, path = codes
+    key = f"model.layers.0.mlp.experts.down_proj_{part}"
+    saved.change(path, lambda found: found.update({key: torch.ones(4)}))
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}: nothing in the model takes it"):
+        cls.from_pretrained(path)
+
+
 @pytest.mark.parametrize("kind", ["gate", "up", "down"])
 def test_all_of_one_projection_is_missing(floats, kind):
     cls, path = floats

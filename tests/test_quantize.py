@@ -305,6 +305,11 @@ def test_float_weights_are_freed_one_module_at_a_time(monkeypatch):
     assert set(largest) == {(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)}
 
 
+def test_a_format_that_names_nothing_is_refused():
+    with pytest.raises(ValueError, match="format is an empty dict"):
+        quantize_(ToyModel(), {})
+
+
 def test_progress(capsys):
     pytest.importorskip("tqdm")
     quantize_(ToyModel(), "fp8", progress=True)

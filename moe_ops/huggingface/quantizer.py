@@ -174,13 +174,21 @@ class MoeOpsQuantizer(HfQuantizer):
             problems = sources.check_codes(found, stored, want, codes, _saved(model))
             ties = model.all_tied_weights_keys.items()
             lost = {one for pair in ties if not any(key in found for key in pair) for one in pair[1:]}
-            return problems + [f"{name}: the checkpoint lacks it, and what is tied to it" for name in sorted(lost)]
+            problems += [f"{name}: the checkpoint lacks it, and what is tied to it" for name in sorted(lost)]
+            used, modules = {key for keys in found.values() for key in keys.all()}, self.quantization_config.modules
+            below = [key for key in stored if key not in used and key.rpartition(".")[0] in modules]
+            return problems + [f"{key}: nothing in the model takes it" for key in below]
         experts_of = {name: s.experts_stored(weight) for name, (s, weight) in self._streams.items()}
         inside = [*self._float_experts, *(name for name, _ in streams(model)), *(t.name for t in self._late)]
         state = {k: t for k, t in model.state_dict().items() if k.startswith(tuple(f"{name}." for name in inside))}
         floats = tuple(f"{name}." for name in self._float_experts)
         experts_of |= {k: t.shape[0] for k, t in state.items() if t.ndim == 3 and k.startswith(floats)}
-        return sources.check_floats(found, stored, experts_of, [key for key in state if key not in experts_of])
+        parameters = dict(model.named_parameters())
+        needed = {key for key in state if key not in experts_of}
+        if _same(model):  # else a head of its own may be new
+            needed |= {key for key in _saved(model) if key in parameters and key not in experts_of}
+        floats_too = {key for key in found if key in parameters and key not in experts_of}
+        return sources.check_floats(found, stored, experts_of, sorted(needed), sorted(floats_too))
 
     # After loading
 
@@ -270,10 +278,14 @@ def _without_ties(model: Any, found: Plan) -> Plan:
     return _leave(found, reasons)
 
 
+def _same(model: Any) -> bool:
+    """The checkpoint was saved from a model of this class."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
 def _saved(model: Any) -> list[str]:
     """What a checkpoint must have, for it was saved from a model like this: all, or what is below a head of its own."""
-    same = type(model).__name__ in (model.config.architectures or ())
-    below = "" if same else f"{model.base_model_prefix}."
+    below = "" if _same(model) else f"{model.base_model_prefix}."
     ties = model.all_tied_weights_keys
     patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     return [

@@ -32,6 +32,9 @@ class Sources(NamedTuple):
     converter: Any
     keys: dict[str, list[str]]
 
+    def all(self) -> list[str]:
+        return [key for many in self.keys.values() for key in many]
+
 
 def headers(files: Iterable[str | Path]) -> dict[str, Stored]:
     """Every tensor of the files. Raises ValueError for a file that is cut off or no safetensors file."""
@@ -85,20 +88,20 @@ def trace(model: Any, keys: Iterable[str], given: list) -> dict[str, Sources]:
 
 def check_floats(
     found: Mapping[str, Sources], stored: Mapping[str, Stored], experts_of: Mapping[str, int | None],
-    needed: Iterable[str],
+    needed: Iterable[str], others: Iterable[str] = (),
 ) -> list[str]:  # fmt: skip
     """Why a float checkpoint cannot be quantized: weights and experts that are not there, codes of another tool.
 
-    experts_of: the number of experts of each weight that will be quantized; needed: others that must be there.
+    experts_of: the number of experts of each weight that will be quantized; needed: others that must be there;
+    others: parameters that stay in float, which codes without a scale must not be cast to.
     """
     problems = [f"{name}: the checkpoint lacks it" for name in (*experts_of, *needed) if name not in found]
+    problems += [text for name in others for text in _codes(found[name], stored)]
     for name, experts in experts_of.items():
         if name not in found:
             continue
         converter, keys = found[name]
-        codes = [key for many in keys.values() for key in many if stored[key].dtype not in _FLOATS]
-        if codes:
-            problems.append(f"{codes[0]} is {stored[codes[0]].dtype}: codes of another tool, only float is quantized")
+        problems += _codes(found[name], stored)
         if converter is None or len(converter.target_patterns) > 1:
             continue
         lost = [p for p in converter.source_patterns if p not in keys]
@@ -107,6 +110,11 @@ def check_floats(
             if (experts is not None and len(many) not in (1, experts)) or (experts != 1 and _differ(keys)):
                 problems += _absent(name, pattern, many, experts)
     return problems
+
+
+def _codes(source: Sources, stored: Mapping[str, Stored]) -> list[str]:
+    codes = [key for key in source.all() if stored[key].dtype not in _FLOATS]
+    return [f"{key} is {stored[key].dtype}: codes of another tool, only float is read" for key in codes[:1]]
 
 
 def _differ(keys: Mapping[str, list[str]]) -> bool:
@@ -136,7 +144,7 @@ def check_codes(
     problems, codes = [], set(codes)
     needed = codes.union(needed)
     for name, (dtype, shape) in expected.items():
-        keys = [key for many in found[name].keys.values() for key in many] if name in found else []
+        keys = found[name].all() if name in found else []
         if not keys:
             problems += [f"{name}: the checkpoint lacks it"] if name in needed else []
             continue

@@ -96,8 +96,9 @@ HOPPER: dict[Kind, Table] = {
         40: Config(32, 64, 128, 4, 3),
         100: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 4, 3, group_m=8, short=64),
     },
-    # Up to eight rows go second into products of 16 channels. 4 bits: 128 columns a step, always. Where rows fill 64 channels' products, decoded weights go first: as the first
-    # operand they stay in registers. Scales of whole steps multiply their product (promoted), smaller ones the weights.
+    # Up to eight rows go second into products of 16 channels. 4 bits: 128 columns a step, always. Where rows fill 64
+    # channels' products, decoded weights go first: as the first operand they stay in registers. Scales of whole steps
+    # multiply their product (promoted), smaller ones the weights.
     Kind("bf16", decoded=4): {
         5: Config(8, 128, 128, 4, 3, swap=True, parts=8, programs=1200),
         12: Config(16, 128, 128, 4, 3, parts=8, programs=1200), 20: Config(32, 64, 128, 4, 3),
