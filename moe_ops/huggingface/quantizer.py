@@ -46,6 +46,7 @@ class MoeOpsQuantizer(HfQuantizer):
         self._expected: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {}
         self._sizes: dict[str, float] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._input_scales: dict[str, list[int]] = {}
         self._late: list[Target] = []
         self._float_experts: list[str] = []
         self._files: list[str] = []
@@ -85,6 +86,7 @@ class MoeOpsQuantizer(HfQuantizer):
         now = [self.pre_quantized or _owns_its_weights(t) for t in found.targets]
         self._late = [t for t, ready in zip(found.targets, now, strict=True) if not ready]
         replace_([t for t, ready in zip(found.targets, now, strict=True) if ready], self.quantization_config.backend)
+        self._input_scales = _named_here(model, self.quantization_config.input_scales)
         dtypes = model._get_dtype_plan(model.config.dtype)
         for name, m in streams(model):
             self._in_fp32(name, m, dtypes)
@@ -117,7 +119,7 @@ class MoeOpsQuantizer(HfQuantizer):
     def _open(self, name: str, m: QuantizedModule) -> None:
         if self.pre_quantized:
             for weight in m.weight_names():
-                shape = self.quantization_config.input_scales.get(f"{name}.{weight}_input_scale")
+                shape = self._input_scales.get(f"{name}.{weight}_input_scale")
                 if shape is not None:
                     scale = torch.empty(shape, dtype=torch.float32, device="meta")
                     m._parameters[f"{weight}_input_scale"] = nn.Parameter(scale, requires_grad=False)
@@ -301,6 +303,12 @@ def _here(model: Any, name: str, what: str) -> str:
     if not known:
         raise ValueError(f"the checkpoint has {name} {what}, this {type(model).__name__} has no such module")
     return known[0]
+
+
+def _named_here(model: Any, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Parameters of the checkpoint, under the names that they have here."""
+    split = [(*key.rpartition(".")[::2], shape) for key, shape in shapes.items()]
+    return {f"{_here(model, module, f'with {leaf}')}.{leaf}": shape for module, leaf, shape in split}
 
 
 def _kv_scales(model: Any, config: MoeOpsConfig) -> dict[str, tuple[float, ...]]:

@@ -64,7 +64,7 @@ SMALL: dict[Kind, Table] = {
         16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
     },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
-    Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 3), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
+    Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
     Kind("bf16", decoded=4, gated=True): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 32, 128, 4, 2, group_m=8)},
     Kind("scaled"): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 64, 128, 4, 2, group_m=8)},
     Kind("scaled", gated=True): {16: Config(16, 32, 128, 4, 2), MANY: Config(64, 32, 128, 4, 2, group_m=8)},
@@ -72,6 +72,7 @@ SMALL: dict[Kind, Table] = {
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
     Kind("bf16", transposed=True): {16: Config(16, 64, 32, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
 }  # fmt: skip
+SMALL[Kind("bf16", decoded=6, gated=True)] = {16: _FEW, MANY: Config(32, 32, 64, 4, 3, group_m=8)}
 SMALL |= {Kind("int8", gated=gated): SMALL[Kind("fp8", gated=gated)] for gated in (False, True)}
 _SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True))
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
@@ -167,6 +168,9 @@ HOPPER: dict[Kind, Table] = {
     },
     **{kind: SMALL[kind] for kind in _SHARED},
 }  # fmt: skip
+# Unpacking 6 bits takes registers.
+_SIX = {40: Config(32, 64, 128, 8, 3)}
+HOPPER[Kind("bf16", decoded=6, gated=True)] = HOPPER[Kind("bf16", decoded=8, gated=True)] | _SIX
 # sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide.
 # Compiled, not measured.
 _NARROW = Config(128, 64, 128, 8, 3, group_m=8)
@@ -175,6 +179,8 @@ BLACKWELL: dict[Kind, Table] = {
     Kind("bf16", gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8): {32: Config(32, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
     Kind("bf16", decoded=8, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16", decoded=4): {32: Config(32, 64, 128, 8, 3), MANY: Config(64, 64, 128, 8, 3, group_m=8)},
+    Kind("bf16", decoded=4, gated=True): {32: Config(32, 32, 128, 4, 3), MANY: Config(64, 64, 128, 8, 3, group_m=8)},
     Kind("scaled"): {MANY: Config(128, 64, 128, 8, 3, group_m=8)},  # the block-scaled product has 128 rows
     Kind("scaled", gated=True): {MANY: Config(128, 32, 128, 4, 3, group_m=8)},
     Kind("fp8"): {32: Config(32, 64, 128, 4, 3), MANY: _NARROW},
