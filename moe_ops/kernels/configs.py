@@ -58,10 +58,10 @@ Table = dict[int, Config]
 # About 100 KiB of shared memory and mma.sync: sm_80 to sm_89, sm_120.
 _FEW = Config(16, 64, 64, 4, 3)
 SMALL: dict[Kind, Table] = {
-    Kind("bf16"): {16: _FEW, 64: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8)},
+    Kind("bf16"): {16: _FEW, 64: Config(64, 64, 64, 4, 3), MANY: Config(128, 64, 32, 8, 4, group_m=8)},
     Kind("bf16", gated=True): {16: _FEW, MANY: Config(64, 32, 64, 4, 3, group_m=8)},
     Kind("fp8"): {
-        16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 3, group_m=8),
+        16: Config(16, 64, 128, 4, 3), 64: Config(64, 64, 128, 4, 3), MANY: Config(128, 64, 64, 8, 2, group_m=8),
     },
     Kind("fp8", gated=True): {16: Config(16, 64, 128, 4, 3), MANY: Config(64, 32, 128, 4, 3, group_m=8)},
     Kind("bf16", decoded=4): {16: Config(16, 64, 128, 4, 2), MANY: Config(32, 64, 128, 4, 2, group_m=8)},
