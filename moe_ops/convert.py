@@ -273,7 +273,7 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
     """Quantize one tensor of the checkpoint into its place."""
     if s.conversion is not None:
         tensors = work.found[s.parameter]
-        _take_whole(stream, weight, merge(work.float_model, tensors, work.checkpoint.get))
+        stream.take_whole(weight, merge(work.float_model, tensors, work.checkpoint.get))
         return
     experts = stream.module.layouts()[weight].experts
     if s.expert is not None and experts is not None and s.expert >= experts:
@@ -282,7 +282,7 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
     if s.shard is not None and not stream.module.as_stored(weight):
         raise ValueError(f"{s.key}: a matrix of gate or up alone, for {s.parameter}, which is stored transposed")
     if s.expert is None and s.shard is None:
-        _take_whole(stream, weight, t)
+        stream.take_whole(weight, t)
     elif s.shard is None:
         assert s.expert is not None
         stream.take(weight, s.expert, t.mT if _unfused(stream.module, s) else t)
@@ -291,16 +291,6 @@ def _take(stream: Stream, weight: str, s: Source, work: Work) -> None:
             stream.write(weight, e, s.shard, one)
     else:
         stream.write(weight, s.expert, s.shard, t)
-
-
-def _take_whole(stream: Stream, weight: str, t: Tensor) -> None:
-    """A weight as the float model holds it; rows of identity experts are left out."""
-    experts = stream.module.layouts()[weight].experts
-    want = stream.module.float_shape(weight)
-    if t.shape != want:
-        raise ValueError(f"{stream.label(weight)} must be {tuple(want)}, got {tuple(t.shape)}")
-    for e, one in enumerate(t[:experts] if experts is not None else t[None]):
-        stream.take(weight, e, one)
 
 
 def _unfused(module: QuantizedModule, s: Source) -> bool:

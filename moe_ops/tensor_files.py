@@ -29,6 +29,20 @@ _NAMES = {
 _ORDER = {dtype: i for i, dtype in enumerate(_NAMES)}
 
 
+def cut_off(file: str | Path) -> str | None:
+    """What lies behind the end of a safetensors file, for a message; None if nothing does, or it cannot be told."""
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(length))
+        held = Path(file).stat().st_size - 8 - length
+        ends = sorted((e["data_offsets"][1], key) for key, e in entries.items() if key != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, OverflowError):
+        return None
+    lost = [key for end, key in ends if end > held]
+    return f"{lost[0]} and {len(lost) - 1} more tensors are cut off" if lost else None
+
+
 def nbytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 

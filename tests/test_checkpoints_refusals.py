@@ -237,7 +237,10 @@ def truncate(file, keep):
 
 BROKEN = {
     "a shard is missing": (lambda p, names: (p / names[1]).unlink(), r"{1} is missing: .* places .* in it"),
-    "a shard is truncated": (lambda p, names: truncate(p / names[2], 0.9), "{2} is truncated or corrupt"),
+    "a shard is truncated": (
+        lambda p, names: truncate(p / names[2], 0.9),
+        r"{2} is truncated or corrupt: \S+ and \d+ more tensors are cut off",
+    ),
     "a shard is cut in its header": (lambda p, names: truncate(p / names[2], 0.001), "{2} is truncated or corrupt"),
     "a shard is empty": (lambda p, names: truncate(p / names[0], 0), "{0} is truncated or corrupt"),
     "two shards are swapped": (lambda p, names: (shutil.move(p / names[0], p / "x"), shutil.move(p / names[1], p /

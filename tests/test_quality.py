@@ -1,22 +1,12 @@
 """A trained model keeps its quality: bits per byte of held-out text, whole model quantized."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from trained_model import MODELS, needs_model, quickstart
 
 import moe_ops
 
-pytest.importorskip("transformers")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import quickstart  # noqa: E402  (it has the measurement)
-
-MODELS = ROOT.parent / "shared" / "models"
-pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="the trained model is not beside the repository")
+pytestmark = needs_model
 WINDOWS = 256 if torch.cuda.is_available() else 24
 
 

@@ -1,25 +1,15 @@
 """What activations in 4 or 6 bits cost: not more than the formats themselves do, as plain torch simulates them."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import simulation
 import torch
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+from trained_model import MODELS, needs_model, quickstart
 
 import moe_ops
 
-pytest.importorskip("transformers")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import quickstart  # noqa: E402  (it loads models and cuts text)
-import simulation  # noqa: E402
-
-MODELS = ROOT.parent / "shared" / "models"
-needs_model = pytest.mark.skipif(not MODELS.exists(), reason="the trained model is not beside the repository")
+MXTensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").MXTensor
+ScaleCalculationMode = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").ScaleCalculationMode
+NVFP4Tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor").NVFP4Tensor
 WINDOWS = 64 if torch.cuda.is_available() else 12
 TORCHAO = {"mxfp8": torch.float8_e4m3fn, "mxfp6_e2m3": "fp6_e2m3", "mxfp6_e3m2": "fp6_e3m2",
            "mxfp4": torch.float4_e2m1fn_x2}  # fmt: skip

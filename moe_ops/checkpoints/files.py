@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensor_files import cut_off
+
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -98,7 +100,7 @@ class Checkpoint:
                 size = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(size))
         except Exception as e:  # the library's own types, and those of Python
-            raise ValueError(f"{file} is truncated or corrupt: {e}") from e
+            raise ValueError(f"{file} is truncated or corrupt: {cut_off(file) or e}") from e
         for key in keys:
             dtype, shape = header[key]["dtype"], tuple(header[key]["shape"])
             if dtype not in _DTYPES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..tensor_files import cut_off
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -46,23 +47,9 @@ def headers(files: Iterable[str | Path]) -> dict[str, Stored]:
                     part = f.get_slice(key)
                     found[key] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file} cannot be read{_cut_off(file)}: {e}") from None
+            lost = cut_off(file)
+            raise ValueError(f"{file} cannot be read{f', {lost}' if lost else ''}: {e}") from None
     return found
-
-
-def _cut_off(file: str) -> str:
-    """The first tensor that lies behind the end of the file, for a message."""
-    try:
-        with open(file, "rb") as f:
-            start = f.read(8)
-            length = int.from_bytes(start, "little")
-            entries = json.loads(f.read(length))
-        held = Path(file).stat().st_size - 8 - length
-        behind = [(e["data_offsets"][1], key) for key, e in entries.items() if key != "__metadata__"]
-        lost = [key for end, key in sorted(behind) if end > held]
-        return f", {lost[0]} and {len(lost) - 1} more tensors are cut off" if lost else ""
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
-        return ""
 
 
 def trace(model: Any, keys: Iterable[str], given: list) -> dict[str, Sources]:
