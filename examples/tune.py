@@ -187,23 +187,24 @@ def stand_ins(job: Job) -> tuple:
 def _compile(job: Job, configs: list[Config]) -> int:
     """Compile the launches of a job without running them: tensors are stood in for by their types."""
     import moe_ops.backends.triton as backend
+    import moe_ops.backends.triton_plan as plan
 
     kernel = backend._grouped_mm_kernel
 
     class Warm:
         def __getitem__(self, grid: tuple) -> Any:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                types = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
-                kernel.warmup(*types, grid=(1,), **kwargs)
+            def launch(**arguments: Any) -> None:
+                types = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in arguments.items()}
+                kernel.warmup(**types, grid=(1,))
 
             return launch
 
     failed, arch = 0, torch.cuda.get_device_capability()[0] * 10
-    with patched(backend, _grouped_mm_kernel=Warm(), arch_of=lambda _: arch, arrange=lambda *_: None):
+    with patched(backend, _grouped_mm_kernel=Warm(), arch_of=lambda _: arch, arrange=lambda *_, **__: None):
         for config in configs:
-            with patched(backend, choose=lambda *_, config=config: config):
+            with patched(plan, choose=lambda *_, config=config: config):
                 try:
-                    backend.product(*stand_ins(job), out_dtype=torch.bfloat16)
+                    backend.Parts.product(*stand_ins(job), out_dtype=torch.bfloat16)
                 except Exception:  # it fails again, and is reported, when it is timed
                     failed += 1
     return failed
@@ -224,18 +225,19 @@ class patched:
 
 
 def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list) -> list[dict]:
-    import moe_ops.backends.triton as backend
+    import moe_ops.backends.triton_plan as plan
+    from moe_ops.backends.triton import Sums
 
     calls, results, expected = arguments(job, weights, sets), [], None
     for config in configs:
         entry: dict[str, Any] = {**asdict(job), "config": asdict(config), "rows_per_expert": job.rows_per_expert}
         try:
-            with patched(backend, choose=lambda *_, config=config: config):
+            with patched(plan, choose=lambda *_, config=config: config):
                 replay = Replay(lambda *a: _product(job, *a), calls)
                 entry["us"] = replay.time(0.02)
                 out = replay.poisoned_run()[0]
                 if out.ndim == 3:
-                    out = backend.Sums(out, torch.bfloat16, calls[0][5]).rows()
+                    out = Sums(out, torch.bfloat16, calls[0][5]).rows()
                 out = out.float()
             expected = out if expected is None else expected
             entry["difference"] = ((out - expected).norm() / expected.norm()).item()
@@ -249,7 +251,7 @@ def _product(job: Job, *call: Any) -> torch.Tensor:
     """What a layer would launch before the parts of the product are read, by a kernel that it has in any case."""
     import moe_ops.backends.triton as backend
 
-    y = backend.product(Operand(*call[:3]), *call[3:], out_dtype=torch.bfloat16)
+    y = backend.Parts.product(Operand(*call[:3]), *call[3:], out_dtype=torch.bfloat16)
     if not isinstance(y, backend.Sums):
         return y
     return y.rows() if job.first and FORMATS[job.format].weight.element.bits != 4 else y.parts

@@ -79,14 +79,14 @@ def tile(name, **constants):
 
     `constants`: others of the backend, without their underscores.
     """
-    from moe_ops.backends import triton
+    from moe_ops.backends import triton_plan
     from moe_ops.kernels.configs import Config
 
     with pytest.MonkeyPatch.context() as patch:
         if TILES[name]:
-            patch.setattr(triton, "_config", lambda *_: Config(*TILES[name]))
+            patch.setattr(triton_plan, "config_of", lambda *_: Config(*TILES[name]))
         for constant, value in constants.items():
-            patch.setattr(triton, f"_{constant.upper()}", value)
+            patch.setattr(triton_plan, f"_{constant.upper()}", value)
         yield
 
 
@@ -119,10 +119,10 @@ def emulated():
 
     from moe_ops.backends import triton
 
-    made, (mma, dot) = triton._plan, ("bf16", tl.bfloat16) if CUDA else ("fp32", tl.float32)
+    made, (mma, dot) = triton.plan_of, ("bf16", tl.bfloat16) if CUDA else ("fp32", tl.float32)
     plan = {"mma": mma, "dot": dot, "decoded": 8, "codes_x": False, "promote": None, "types": None}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_plan", lambda *args: replace(made(*args), **plan))
+        patch.setattr(triton, "plan_of", lambda *args: replace(made(*args), **plan))
         yield
 
 

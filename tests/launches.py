@@ -19,6 +19,7 @@ import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
 from moe_ops.activation import Gate
 from moe_ops.backends import triton as backend
+from moe_ops.backends import triton_plan
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.formats import FORMATS
 from moe_ops.kernels.configs import Config, Kind, Table, table, tables
@@ -115,7 +116,7 @@ def record(case, pick=None) -> list:
                 patch.setattr(owner, name, recorders[-1])
         patch.setattr(backend, "arch_of", lambda device: case.arch)
         if isinstance(case, Product):
-            patch.setattr(backend, "choose", lambda kind, *_: (pick or (lambda _: Config(*case.config)))(kind))
+            patch.setattr(triton_plan, "choose", lambda kind, *_: (pick or (lambda _: Config(*case.config)))(kind))
             run_product(case)
         else:
             run_other(case)

@@ -15,7 +15,7 @@ import aot
 import launches
 from aot import SHARED_LIMIT
 
-from moe_ops.backends import triton as backend
+from moe_ops.backends import triton_plan
 
 CASES = [case for arch in launches.ARCHS for case in (*launches.products(arch), *launches.others(arch))]
 AHEAD = 4  # cases that are compiled meanwhile
@@ -52,7 +52,7 @@ def test_every_entry_of_the_tables_is_covered(arch):
     assert {case.config for other in sharing for case in launches.products(other)} == launches.listed(arch)
 
 
-@pytest.mark.skipif(backend._TRITON < (3, 9), reason="see backends/triton.py, _scaled_types")
+@pytest.mark.skipif(triton_plan.TRITON < (3, 9), reason="see backends/triton_plan.py, _scaled_types")
 @pytest.mark.parametrize("arch,name", [
     (100, "mxfp8"), (100, "mxfp4/mxfp8"), (100, "mxfp4/mxfp4"), (100, "nvfp4"), (120, "mxfp8"), (120, "mxfp4/mxfp4"),
     (120, "nvfp4"),

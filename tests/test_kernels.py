@@ -69,7 +69,7 @@ def worst_type(name, dtype):
     from moe_ops.backends.base import arch_of
 
     fmt = FORMATS[name]
-    plan = triton._plan(fmt, dtype, fmt.activation is not None, 256, arch_of(torch.device(DEVICE)))
+    plan = triton.plan_of(fmt, dtype, fmt.activation is not None, 256, arch_of(torch.device(DEVICE)))
     return torch.bfloat16 if plan.mma == "fp8" else dtype
 
 
@@ -88,7 +88,7 @@ def test_block_scaled_products(case):
     from moe_ops.backends import triton
 
     weight, activation = case["pair"].split("/")
-    assert triton._plan(FORMATS[case["pair"]], DTYPE, True, 256, 100).types
+    assert triton.plan_of(FORMATS[case["pair"]], DTYPE, True, 256, 100).types
     with kernel_cases.blackwell():
         check_product(case | {"weight": weight, "activation": activation, "ahead": False})
 

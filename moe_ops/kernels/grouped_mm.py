@@ -40,19 +40,24 @@ def finish(acc, xr, wc_ptrs, bias_ptrs, part, SWAP: tl.constexpr):
 
 
 @triton.jit
-def multiply(
-    x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr, expert, first,
-    end, part, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
+def product_tile(
+    x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, expert, first, end, part,
+    tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
     stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse, stride_wsn,
-    stride_wsk, stride_wce, stride_wcn, stride_be, stride_om,
-    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    stride_wsk, stride_wce, stride_wcn, stride_be,
+    TYPE: tl.constexpr, MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr,
+    KIND: tl.constexpr,
     X_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
     FOLD: tl.constexpr, AHEAD: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, GROUP_X: tl.constexpr,
     CHANNEL_N: tl.constexpr, UNIFORM: tl.constexpr,
     INTERLEAVED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile: rows first.. of an expert, at most BLOCK_M of them, times BLOCK_N of its channels."""
+    """One tile: rows first.. of an expert, at most BLOCK_M of them, times BLOCK_N of its channels.
+
+    Results in fp32, of gate's (or all) channels and of up's where PARTS are left to be added; then the rows `to` that
+    they belong to, the channels, and which rows are the expert's. TYPE is what they are stored as.
+    """
     m = first + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = m < end
@@ -66,6 +71,8 @@ def multiply(
     if UNIFORM:  # every channel of the tile has the scale of the first
         _, scale_row = channel_rows(tl.minimum(tile_n * BLOCK_N, N - 1), shard_rows, GROUP_N, INTERLEAVED)
     NIBBLES: tl.constexpr = BITS == 4 and X_TYPE is None
+    if NIBBLES:
+        w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     kk = tl.arange(0, 32 if NIBBLES else BLOCK_K // 2 if X_TYPE == "e2m1" else BLOCK_K)
     units: tl.constexpr = 16 if NIBBLES else BLOCK_K // 4 if BITS == 6 else BLOCK_K // 2 if BITS == 4 else BLOCK_K
     uu = tl.arange(0, units) * (3 if BITS == 6 else 1)
@@ -104,25 +111,17 @@ def multiply(
     wc_ptrs = wc_ptr if wc_ptr is None else wc_ptr + expert * stride_wce + channel * stride_wcn
     bias_ptrs = bias_ptr if bias_ptr is None else bias_ptr + expert * stride_be + row
     acc = finish(acc, xr, wc_ptrs, bias_ptrs, part, SWAP)
-    if PARTS > 1 and GATED:  # the activation is applied to the sum
+    if GATED:
         up_wc_ptrs = wc_ptrs if wc_ptr is None else wc_ptrs + up_wc
         up_bias_ptrs = bias_ptrs if bias_ptr is None else bias_ptrs + up_b
         acc_up = finish(acc_up, xr, up_wc_ptrs, up_bias_ptrs, part, SWAP)
-        store_tile(out_ptr + N, acc_up, to, n, in_m, N, stride_om, SWAP)
-    elif PARTS == 1 and ACT is not None:  # one cast before the activation, one after: what an unfused layer computes
-        if GATED:
-            up_wc_ptrs = wc_ptrs if wc_ptr is None else wc_ptrs + up_wc
-            up_bias_ptrs = bias_ptrs if bias_ptr is None else bias_ptrs + up_b
-            acc_up = finish(acc_up, xr, up_wc_ptrs, up_bias_ptrs, part, SWAP)
-        else:
-            acc_up = acc
-        g, u = acc.to(out_ptr.dtype.element_ty).to(tl.float32), acc_up.to(out_ptr.dtype.element_ty).to(tl.float32)
-        acc = gate(g, u, alpha, beta, limit, ACT, GATED)
+    if PARTS == 1 and ACT is not None:  # one cast before the activation, one after: what an unfused layer computes
+        acc = gate(acc.to(TYPE).to(tl.float32), acc_up.to(TYPE).to(tl.float32), alpha, beta, limit, ACT, GATED)
     if weights_ptr is not None:
         if ACT is not None:
-            acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
+            acc = acc.to(TYPE).to(tl.float32)
         acc = acc * along_m(tl.load(weights_ptr + to), SWAP)
-    store_tile(out_ptr, acc, to, n, in_m, N, stride_om, SWAP)
+    return acc, acc_up, to, n, in_m
 
 
 @triton.jit
@@ -161,15 +160,18 @@ def _grouped_mm_kernel(
         return
     for TAIL in tl.static_range(1 + (SHORT > 0)):  # the last rows of an expert, if few: mostly empty tiles cost as much
         if (end - first <= SHORT).to(tl.int32) == TAIL:
-            multiply(
-                x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, out_ptr,
-                expert, first, end, part, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
+            acc, acc_up, to, n, in_m = product_tile(
+                x_ptr, xs_ptr, xr_ptr, w_ptr, ws_ptr, wc_ptr, bias_ptr, read_ptr, write_ptr, weights_ptr, expert, first,
+                end, part, tile_n, N, K, shard_rows, top_k, alpha, beta, limit, up_w, up_ws, up_wc, up_b,
                 stride_xm, stride_xk, stride_xsm, stride_xsk, stride_xrm, stride_we, stride_wn, stride_wk, stride_wse,
-                stride_wsn, stride_wsk, stride_wce, stride_wcn, stride_be, stride_om, MMA, DECODE, ELEMENT, BITS, KIND,
-                X_TYPE, W_TYPE, ACT, GATED, SCALED, FOLD, AHEAD, GROUP_N, GROUP_K, GROUP_X, CHANNEL_N, UNIFORM,
-                INTERLEAVED, EVEN_K,
-                SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE, PARTS,
+                stride_wsn, stride_wsk, stride_wce, stride_wcn, stride_be, out_ptr.dtype.element_ty, MMA, DECODE,
+                ELEMENT, BITS, KIND, X_TYPE, W_TYPE, ACT, GATED, SCALED, FOLD, AHEAD, GROUP_N, GROUP_K, GROUP_X,
+                CHANNEL_N, UNIFORM, INTERLEAVED, EVEN_K, SHORT if TAIL else BLOCK_M, BLOCK_N, BLOCK_K, SWAP, PROMOTE,
+                PARTS,
             )  # fmt: skip
+            store_tile(out_ptr, acc, to, n, in_m, N, stride_om, SWAP)
+            if PARTS > 1 and GATED:  # the activation is applied to the sum
+                store_tile(out_ptr + N, acc_up, to, n, in_m, N, stride_om, SWAP)
 
 
 def row_tiles(num_rows: int, num_experts: int, block_m: int, has_offsets: bool) -> tuple[int, bool]:

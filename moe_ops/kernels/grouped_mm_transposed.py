@@ -13,26 +13,18 @@ from .tile import channel_rows, find_rows, mma, store_tile, swizzle, zero_rows
 
 
 @triton.jit
-def _grouped_mm_transposed_kernel(
-    x_ptr, w_ptr, ws_ptr, wg_ptr, offsets_ptr, out_ptr,
-    num_rows, num_m, E, C, K, shard_rows,
-    stride_xm, stride_we, stride_wn, stride_wse, stride_wsn, stride_wsk, stride_wge, stride_wgn, stride_om,
+def transposed_tile(
+    x_ptr, w_ptr, ws_ptr, wg_ptr, expert, first, end, tile_k, C, K, shard_rows,
+    stride_xm, stride_we, stride_wn, stride_wse, stride_wsn, stride_wsk, stride_wge, stride_wgn,
     MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
-    INTERLEAVED: tl.constexpr, EVEN_C: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, INTERLEAVED: tl.constexpr, EVEN_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    tile, tile_k = swizzle(tl.program_id(0), num_m, tl.cdiv(K, BLOCK_N), GROUP_M)
-    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
-    if first >= end:
-        return
+    """One tile in fp32, its rows and columns, and which rows are the expert's."""
     m = first + tl.arange(0, BLOCK_M)
     k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m = m < end
     m = tl.where(in_m, m, first)
-    if expert >= E:
-        zero_rows(out_ptr, None, first, tl.minimum(first + BLOCK_M, end), k, K, stride_om)
-        return
 
     column = tl.minimum(k, K - 1)
     w_ptr += tl.cast(expert, tl.int64) * stride_we
@@ -60,4 +52,30 @@ def _grouped_mm_transposed_kernel(
             w = DECODE(codes, tl.float32, ELEMENT[0], ELEMENT[1], ELEMENT[2]) * s
         acc = mma(x.to(MMA), w.to(MMA), acc, SWAP, None)
         x_ptrs += BLOCK_K
+    return acc, m, k, in_m
+
+
+@triton.jit
+def _grouped_mm_transposed_kernel(
+    x_ptr, w_ptr, ws_ptr, wg_ptr, offsets_ptr, out_ptr,
+    num_rows, num_m, E, C, K, shard_rows,
+    stride_xm, stride_we, stride_wn, stride_wse, stride_wsn, stride_wsk, stride_wge, stride_wgn, stride_om,
+    MMA: tl.constexpr, DECODE: tl.constexpr, ELEMENT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
+    INTERLEAVED: tl.constexpr, EVEN_C: tl.constexpr, E_BLOCK: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    tile, tile_k = swizzle(tl.program_id(0), num_m, tl.cdiv(K, BLOCK_N), GROUP_M)
+    expert, first, end = find_rows(offsets_ptr, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
+    if first >= end:
+        return
+    if expert >= E:
+        k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        zero_rows(out_ptr, None, first, tl.minimum(first + BLOCK_M, end), k, K, stride_om)
+        return
+    acc, m, k, in_m = transposed_tile(
+        x_ptr, w_ptr, ws_ptr, wg_ptr, expert, first, end, tile_k, C, K, shard_rows, stride_xm, stride_we, stride_wn,
+        stride_wse, stride_wsn, stride_wsk, stride_wge, stride_wgn, MMA, DECODE, ELEMENT, BITS, KIND, GROUP_N, GROUP_K,
+        INTERLEAVED, EVEN_C, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+    )  # fmt: skip
     store_tile(out_ptr, acc, m, k, in_m, K, stride_om, SWAP)
