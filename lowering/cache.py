@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_ops.formats import FORMATS, Codec
 
-from . import _compat
+from . import _compat, where
 
 
 @cache
@@ -36,7 +36,8 @@ def _describe(codec: Codec) -> str:
 def salt() -> str:
     formats = [f"{f.name}={f.weight.name}/{f.activation and f.activation.name}" for f in FORMATS.values()]
     formats += [_describe(codec) for codec in FORMATS.codecs()]  # of activations in pairs too
-    return f"moe_ops-{sources_hash()}-{hashlib.sha256(';'.join(formats).encode()).hexdigest()[:8]}"
+    made = f"moe_ops-{sources_hash()}-{hashlib.sha256(';'.join(formats).encode()).hexdigest()[:8]}"
+    return made + "-whole" * where.kept_whole()
 
 
 def register() -> None:

@@ -37,7 +37,7 @@ def permute(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 def unpermute(rows: Tensor, order: Tensor) -> Tensor:
     """rows (R, H) -> (R, H) in slot order: out[order[i]] = rows[i]."""
-    return torch.empty_like(rows).index_copy_(0, order.long(), rows)
+    return torch.empty_like(rows).index_copy(0, order.long(), rows)  # not in place, for compilers
 
 
 def combine(rows: Tensor, top_k: int) -> Tensor:

@@ -84,7 +84,7 @@ def tile(name, **constants):
 
     with pytest.MonkeyPatch.context() as patch:
         if TILES[name]:
-            patch.setattr(triton_plan, "config_of", lambda *_: Config(*TILES[name]))
+            patch.setattr(triton_plan, "choose", lambda *_: Config(*TILES[name]))
         for constant, value in constants.items():
             patch.setattr(triton_plan, f"_{constant.upper()}", value)
         yield

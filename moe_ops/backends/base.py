@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Best measured first, `reference` last. A backend is imported when a problem could be its own, not before.
 BACKENDS = {"triton": ".triton", "torch": ".torch_native", "reference": ".reference"}
+_GRAPH = {"inductor": "moe_ops.lowering.parts"}  # the parts of "triton" as a graph: for decompositions, not for users
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what activations may be
 
 
@@ -104,7 +105,7 @@ def interpreted() -> bool:
 
 @cache
 def _load(backend: str) -> None:
-    importlib.import_module(BACKENDS[backend], __package__)
+    importlib.import_module((BACKENDS | _GRAPH)[backend], __package__)
 
 
 @cache
@@ -120,7 +121,8 @@ def select(problem: Problem, backend: str = "auto") -> Impl:
     """The first implementation that supports the problem; a named backend that does not raises with its reason."""
     reasons = []
     for name in [backend] if backend != "auto" else BACKENDS:
-        check_backend(name)
+        if name not in _GRAPH:
+            check_backend(name)
         if name == "triton" and problem.device == "cpu" and not interpreted():
             reasons.append("triton: needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
             continue

@@ -159,7 +159,7 @@ def grouped_mm_backward(
         return empty, grad_bias, grad_weights
     back = parts.grouped_mm(Operand(grad_rows), w, Rows(rows.offsets), None, fmt, out_dtype=dtype, transpose=True)
     if rows.read is not None:  # rows read more than once: summed in a fixed order
-        back = grad.new_zeros(x.data.shape[0], back.shape[1], dtype=torch.float32).index_put_(
+        back = grad.new_zeros(x.data.shape[0], back.shape[1], dtype=torch.float32).index_put(
             ((rows.read // rows.top_k).long(),), back.float(), accumulate=True)  # fmt: skip
     return back.to(dtype), grad_bias, grad_weights
 

@@ -114,27 +114,14 @@ def launch(p: Product, config: Config) -> Tensor:
     out = torch.empty(p.size(config.parts), dtype=dtype, device=p.w.qdata.device)
     num_m, by_row = p.row_tiles(config, p.num_rows)
     arguments = {
-        "out_ptr": out, "offsets_ptr": p.rows.offsets, "num_rows": p.num_rows, "num_m": num_m,
+        "out_ptr": out, "num_rows": p.num_rows, "num_m": num_m,
         "stride_om": out.stride(-2), "ROW_TILES": by_row, "num_warps": config.warps, "num_stages": config.stages,
-        **tensors(p), **p.numbers(), **p.constants(config),
+        **p.numbers(), **p.constants(config),
     }  # fmt: skip
+    arguments |= {name: None if t is None else _bytes(t, p.plan.native) for name, t in p.tensors().items()}
     kernel = _grouped_mm_transposed_kernel if p.transpose else _grouped_mm_kernel
     kernel[launch_grid(num_m, p.n, config.block_n, config.parts)](**arguments)
     return out
-
-
-def tensors(p: Product) -> dict[str, Tensor | None]:
-    """What the kernel reads, by its names; one-byte floats that Triton does not have are bytes."""
-    (along_k, channel), native = p.scales, p.plan.native
-    codes = _bytes(p.w.qdata, native)
-    if p.transpose:
-        scale = None if p.w.scale is None else _bytes(p.w.scale, native)
-        return {"x_ptr": p.x.data, "w_ptr": codes, "ws_ptr": scale, "wg_ptr": p.w.global_scale}
-    return {
-        "x_ptr": p.x.data, "xs_ptr": p.x.along_k, "xr_ptr": p.x.each, "w_ptr": codes,
-        "ws_ptr": None if along_k is None else _bytes(along_k, native), "wc_ptr": channel, "bias_ptr": p.w.bias,
-        "read_ptr": p.rows.read, "write_ptr": p.rows.write, "weights_ptr": p.rows.weights,
-    }  # fmt: skip
 
 
 def combine(rows: Tensor | Sums, top_k: int) -> Tensor:
@@ -186,10 +173,11 @@ class Parts:
                 weight = replace(weight, qdata=weight.qdata.contiguous())
         else:
             prepared = cls._prepare(operand, fmt, plan, k)
-        p = Product(prepared, weight, rows, gate, fmt, plan, out_dtype, transpose)
+        codes = operand.scale is not None
+        p = Product(prepared, weight, rows, gate, fmt, plan, out_dtype, codes, transpose, batch_invariant)
         if not p.num_rows * p.n:
             return torch.empty(p.num_rows, p.n, dtype=out_dtype, device=x.device)
-        config = p.config(arch, cls.expected(p.num_rows), batch_invariant)
+        config = p.config(arch, cls.expected(p.num_rows))
         out = cls.launch(p, config)
         return out if config.parts == 1 else cls.added(out, out_dtype, gate)
 

@@ -119,26 +119,6 @@ def _scaled_types(act: Codec, weight: Codec, arch: int) -> tuple[str, str] | Non
     return act.element.name, weight.element.name
 
 
-def config_of(plan: Plan, arch: int, rows: int, w: Weight, k: int, scaled: bool, gated: bool, transpose: bool,
-              invariant: bool) -> Config:  # fmt: skip
-    experts = w.qdata.shape[0]
-    touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
-    per_expert = _INVARIANT_ROWS if invariant else round(rows / max(touched, 1.0), 1)
-    channels = w.qdata.shape[1] // (2 if gated else 1)
-    kind = kind_of_product(plan, w, scaled, gated, transpose)
-    if transpose:
-        return choose(kind, arch, per_expert, experts, k, 0)
-    config = choose(kind, arch, per_expert, experts if invariant else round(touched), channels, k)
-    return replace(config, short=0) if invariant else config
-
-
-def kind_of_product(plan: Plan, w: Weight, scaled: bool, gated: bool, transpose: bool) -> Kind:
-    """What the tables of configurations call it."""
-    if transpose:
-        return Kind(plan.mma, transposed=True)
-    return Kind(plan.mma, plan.decoded, scaled or plan.promote is not None, gated, w.bias is not None)
-
-
 @dataclass(frozen=True)
 class Prepared:
     """Activations as the kernel takes them: numbers (M, K), scales along K, and one scale for each row."""
@@ -159,7 +139,9 @@ class Product:
     fmt: Format
     plan: Plan
     dtype: torch.dtype  # of the result, once its parts are added
+    codes: bool = False  # activations were quantized
     transpose: bool = False
+    invariant: bool = False  # one configuration for any number of rows
 
     @property
     def gated(self) -> bool:
@@ -190,11 +172,25 @@ class Product:
         along_k = (group_of(self.fmt.weight) and not self.plan.fold) or self.x.along_k is not None
         return not self.transpose and self.plan.types is None and bool(along_k)
 
-    def config(self, arch: int, rows: int, invariant: bool) -> Config:
+    @property
+    def kind(self) -> Kind:
+        """What the tables of configurations call it."""
+        if self.transpose:
+            return Kind(self.plan.mma, transposed=True)
+        promoted = self.scaled or self.plan.promote is not None
+        return Kind(self.plan.mma, self.plan.decoded, promoted, self.gated, self.w.bias is not None)
+
+    def config(self, arch: int, rows: int) -> Config:
         """The tiles that serve about so many rows best."""
-        found = config_of(self.plan, arch, rows, self.w, self.k, self.scaled, self.gated, self.transpose, invariant)
+        experts = self.w.qdata.shape[0]
+        touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
+        per_expert = _INVARIANT_ROWS if self.invariant else round(rows / max(touched, 1.0), 1)
+        found = choose(self.kind, arch, per_expert, experts if self.invariant else round(touched), self.n, self.k)
         whole = self.transpose or (self.gate is not None and self.rows.weights is not None)  # weights come after it
-        return replace(found, parts=1) if whole else found
+        return self.configured(found, 1 if whole else found.parts)
+
+    def configured(self, config: Config, parts: int) -> Config:
+        return replace(config, parts=parts, programs=0, short=0 if self.invariant else config.short)
 
     def size(self, parts: int) -> tuple[int, ...]:
         """Of the result: (R, N), or (P, R, N) in parts, (P, R, 2N) if an activation with two inputs is still due."""
@@ -202,6 +198,18 @@ class Product:
 
     def row_tiles(self, config: Config, rows: int) -> tuple[int, bool]:
         return row_tiles(rows, self.w.qdata.shape[0], config.block_m, self.rows.offsets is not None)
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What the kernel reads, by its names."""
+        x, w, rows, (along_k, channel) = self.x, self.w, self.rows, self.scales
+        if self.transpose:
+            return {"x_ptr": x.data, "w_ptr": w.qdata, "ws_ptr": w.scale, "wg_ptr": w.global_scale,
+                    "offsets_ptr": rows.offsets}  # fmt: skip
+        return {
+            "x_ptr": x.data, "xs_ptr": x.along_k, "xr_ptr": x.each, "w_ptr": w.qdata, "ws_ptr": along_k,
+            "wc_ptr": channel, "bias_ptr": w.bias, "offsets_ptr": rows.offsets, "read_ptr": rows.read,
+            "write_ptr": rows.write, "weights_ptr": rows.weights,
+        }  # fmt: skip
 
     def numbers(self) -> dict[str, Any]:
         """Sizes and strides, by the kernel's names for them; those that may vary from call to call left out."""

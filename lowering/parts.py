@@ -1,0 +1,91 @@
+"""The parts of the layer as a graph: what the Triton backend launches, written down for Inductor to fuse.
+
+`experts` and all other ops are the same composition (moe_ops/backends/compose.py) of these parts as of a backend's.
+The grouped product alone stays an op (product.py); the rest is plain torch, and kernels that the graph calls itself.
+R sorted rows, N outputs, K contraction, P parts of K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moe_ops.activation import run_gate
+from moe_ops.backends import compose, triton
+from moe_ops.backends.base import Operand
+from moe_ops.backends.triton_plan import Plan, Product, group_of
+from moe_ops.backends.triton_supports import supports
+from moe_ops.formats import Codec
+from moe_ops.kernels.arrange import CHUNK
+from moe_ops.kernels.configs import Config
+
+from . import _compat, product, routing
+from .quantize import decoded, quantize, rounded, scale_value
+
+
+@dataclass(frozen=True)
+class Fresh(Operand):
+    """Codes just made, with what they were made of: where their numbers are wanted, nothing is packed and unpacked."""
+
+    source: Tensor | None = None
+    given: Tensor | None = None  # a static scale
+
+
+class Sums(triton.Sums):
+    def rows(self, nibbles: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """(R, N) in `dtype`, or the one of the product; columns in the order of nibbles if asked for."""
+        y = self.total()
+        y = run_gate(self.gate, y) if self.gate is not None else y
+        return in_nibbles(y.to(dtype or self.dtype)) if nibbles else y.to(dtype or self.dtype)
+
+    def total(self) -> Tensor:
+        """(R, N) or (R, 2N) in the dtype of the product: added in order, one cast."""
+        return routing.added(self.parts).to(self.dtype)
+
+
+def in_nibbles(x: Tensor) -> Tensor:
+    """(M, K) -> (M, K rounded up to whole chunks): column 8 i + 4 b + p of a chunk at 32 p + 2 i + b."""
+    x = pad(x, (0, -x.shape[1] % CHUNK))
+    return x.unflatten(1, (-1, 16, 2, 4)).permute(0, 1, 4, 2, 3).reshape(x.shape)
+
+
+def arranged(operand: Operand, codec: Codec | None, plan: Plan, k: int, dtype: torch.dtype) -> Tensor:
+    """The numbers that codes stand for (M, K), in the order of nibbles if weights are read so."""
+    x = operand.data
+    if codec is None:
+        values = x
+    elif isinstance(operand, Fresh) and operand.source is not None:
+        values = rounded(operand.source, codec, operand.given, dtype).data
+    else:
+        values = decoded(x, codec)
+        if operand.scale is not None:
+            values = values * scale_value(operand.scale).repeat_interleave(group_of(codec), -1)[:, :k]
+    return in_nibbles(values.to(dtype)) if plan.nibbles else values.to(dtype)
+
+
+class Parts(triton.Parts):
+    added = Sums
+    sort_by_expert = staticmethod(routing.sort_by_expert)
+    arranged = staticmethod(arranged)
+    expected = staticmethod(_compat.hint)
+
+    @staticmethod
+    def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
+        q = quantize(x, codec, scale)
+        return Fresh(q.data, q.scale, q.global_scale, x, scale)
+
+    @staticmethod
+    def combine(rows: Tensor | triton.Sums, top_k: int) -> Tensor:
+        return routing.combine(rows.parts, top_k, rows.dtype) if isinstance(rows, triton.Sums) else routing.combine(
+            rows, top_k)  # fmt: skip
+
+    @staticmethod
+    def launch(p: Product, config: Config) -> Tensor:
+        tensors, options = product.arguments(p, config)
+        return torch.ops.moe_ops._product(*tensors, **options)
+
+
+compose.register_all("inductor", Parts, supports)

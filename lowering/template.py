@@ -1,0 +1,137 @@
+"""The eager kernels' tiles as Inductor templates: tile, then `store_output` with whatever is fused behind it.
+
+The text is made from the signature of the tile (moe_ops/kernels/grouped_mm.py): tensors that are there by their names,
+`None` for the others, and every size, stride and option as a constant under the name that the tile has for it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_ops.backends.triton_plan import Product
+from moe_ops.kernels.configs import Config
+from moe_ops.kernels.grouped_mm import product_tile
+from moe_ops.kernels.grouped_mm_transposed import transposed_tile
+
+from . import _compat
+
+_TYPES = {tl.bfloat16: "tl.bfloat16", tl.float16: "tl.float16", tl.float32: "tl.float32", tl.int8: "tl.int8",
+          tl.uint8: "tl.uint8", tl.float8e4nv: "tl.float8e4nv", torch.bfloat16: "tl.bfloat16",
+          torch.float16: "tl.float16", torch.float32: "tl.float32"}  # fmt: skip
+_LAID_OUT = {"stride_xm": ("x_ptr", 0), "stride_xsm": ("xs_ptr", 0), "stride_xsk": ("xs_ptr", 1),
+             "stride_xrm": ("xr_ptr", 0)}  # fmt: skip
+
+
+def append(choices: list[Any], p: Product, config: Config, names: list[str], nodes: list[Any], layout: Any) -> None:
+    """Offer the product with these tiles. `names`: what the tile calls the nodes."""
+    by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
+    values = p.numbers() | p.constants(config)
+    strides = tuple((name, *at) for name, at in _LAID_OUT.items() if not _is_zero(values.get(name, 0)))
+    for name, *_ in strides:
+        del values[name]
+    values |= {"ROW_TILES": by_row, "TYPE": p.dtype, "N": p.n, "PARTS": config.parts, "SHORT": values.get("SHORT", 0)}
+    functions = tuple((f.fn.__module__, f.fn.__name__) for f in values.values() if isinstance(f, triton.JITFunction))
+    as_bytes = tuple(n for n, t in p.tensors().items() if t is not None and t.dtype == torch.float8_e4m3fn)
+    counted = names.index("read_ptr" if p.rows.read is not None else "x_ptr")
+    made = _template(p.transpose, tuple(names), strides, functions, () if p.plan.native else as_bytes)
+    error = made.maybe_append_choice(
+        choices, input_nodes=nodes, layout=layout, num_stages=config.stages, num_warps=config.warps,
+        call_sizes=[nodes[counted].get_size()[0]], OFFSETS=p.rows.offsets is not None,
+        **{name: _literal(value) for name, value in values.items()},
+    )  # fmt: skip
+    if error is not None:
+        raise error
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and not size
+
+
+def _literal(value: Any) -> Any:
+    """As the text of a kernel has it; Inductor writes strings as they are."""
+    if isinstance(value, triton.JITFunction):
+        return value.fn.__name__
+    if isinstance(value, str):
+        return repr(value)
+    return _TYPES.get(value, value) if isinstance(value, tl.dtype | torch.dtype) else value
+
+
+def _grid(num_rows: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, int]:
+    tiles = num_rows if meta["ROW_TILES"] else cdiv(num_rows, meta["BLOCK_M"]) + (meta["E"] + 1) * meta["OFFSETS"]
+    return tiles * cdiv(meta["N"], meta["BLOCK_N"]), meta["PARTS"], 1
+
+
+@cache
+def _template(transpose: bool, names: tuple, strides: tuple, functions: tuple, as_bytes: tuple) -> Any:
+    tile = transposed_tile if transpose else product_tile
+    result = "acc, to, n, in_m" if transpose else "acc, acc_up, to, n, in_m"
+    given = {n: "None" for n in tile.arg_names if n.endswith("_ptr") and n not in names} | {"tile_k": "tile_n"}
+    call = f"{result} = {tile.fn.__name__}({', '.join(given.get(name, name) for name in tile.arg_names)})"
+    imports = [(tile.fn.__module__, tile.fn.__name__), *functions]
+    lines = [f"from {module} import {name}" for module, name in imports]
+    counted = "read_ptr" if "read_ptr" in names else "x_ptr"
+    text = _TEXT.format(
+        imports="\n".join(lines), names=", ".join(f'"{name}"' for name in names), counted=counted,
+        strides="\n    ".join(f'{name} = {{{{stride("{t}", {dim})}}}}' for name, t, dim in strides) or "pass",
+        casts="\n    ".join(f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in as_bytes),
+        offsets="offsets_ptr" if "offsets_ptr" in names else "None",
+        write="tl.load(write_ptr + m, mask=in_m, other=0)" if "write_ptr" in names else "m",
+        full=call, short=call.replace("BLOCK_M", "SHORT"), columns="K" if transpose else "N",
+    )  # fmt: skip
+    return _compat.template("moe_ops_product", text, _grid)
+
+
+# The last rows of an expert, if few, are a tile of SHORT rows; rows that no expert owns are zeros.
+_TEXT = """
+from moe_ops.kernels.tile import along_m, along_n, find_rows, swizzle
+{imports}
+
+{{{{def_kernel({names})}}}}
+    {strides}
+    {casts}
+    num_rows = {{{{size("{counted}", 0)}}}}
+    num_m = num_rows if ROW_TILES else tl.cdiv(num_rows, BLOCK_M) + (E + 1) * OFFSETS
+    part = tl.program_id(1) if PARTS > 1 else None
+    tile, tile_n = swizzle(tl.program_id(0), num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    expert, first, end = find_rows({offsets}, tile, num_rows, E, BLOCK_M, E_BLOCK, ROW_TILES)
+    if first >= end:
+        return
+{{% macro store(rows) %}}
+        idx_m = along_m(to.to(INDEX_DTYPE), SWAP)
+        idx_n = along_n(n.to(INDEX_DTYPE), SWAP)
+        mask = along_m(in_m, SWAP) & along_n(n < N, SWAP)
+{{% set shape = ("BLOCK_N", rows) if SWAP else (rows, "BLOCK_N") %}}
+{{% if PARTS == 1 %}}
+        {{{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=8, val_shape=shape)}}}}
+{{% else %}}
+        {{{{store_output(("part", "idx_m", "idx_n"), "acc", "mask", indent_width=8, val_shape=shape)}}}}
+{{% if GATED %}}
+        idx_up = idx_n + N
+        {{{{store_output(("part", "idx_m", "idx_up"), "acc_up", "mask", indent_width=8, val_shape=shape)}}}}
+{{% endif %}}
+{{% endif %}}
+{{% endmacro %}}
+{{% if OFFSETS %}}
+    if expert >= E:
+        m = first + tl.arange(0, BLOCK_M)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_m = m < end
+        to = {write}
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        acc_up = acc
+{{{{store("BLOCK_M")}}}}
+{{% endif %}}
+    if (expert < E) & (end - first > SHORT):
+        {full}
+{{{{store("BLOCK_M")}}}}
+{{% if SHORT %}}
+    if (expert < E) & (end - first <= SHORT):
+        {short}
+{{{{store("SHORT")}}}}
+{{% endif %}}
+"""
