@@ -32,10 +32,13 @@ from aot import _resources
 from torch._dynamo import device_interface
 from torch._dynamo.source import ConstantSource
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from moe_ops.backends import base
@@ -57,7 +60,7 @@ def fake_gpu(arch: int = 90):
     """Inside, torch, Inductor and Triton see one CUDA device of that architecture (major * 10 + minor)."""
     _ensure_guard()
     with ExitStack() as stack:
-        for owner, name, value in _replacements(arch, _properties(arch)):
+        for owner, name, value in (*_replacements(arch, _properties(arch)), *_constants()):
             if hasattr(owner, name):  # not every version has every name
                 stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _driver(arch), create=True))
@@ -112,6 +115,26 @@ def _replacements(arch: int, properties: SimpleNamespace):
 
 def _always(value):
     return lambda *args, **kwargs: value
+
+
+def _constants():
+    """Inductor folds constants by computing them, one element each, on their device."""
+    for name in ("__init__", "run"):
+        yield UniformValueConstantFolder, name, _on_cpu(getattr(UniformValueConstantFolder, name))
+
+
+def _on_cpu(fn):
+    def call(*args, **kwargs):
+        with _OnCpu():
+            return fn(*args, **kwargs)
+
+    return call
+
+
+class _OnCpu(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(torch.device, lambda device: torch.device("cpu"), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _driver(arch: int) -> SimpleNamespace:
