@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from moe_ops.backends import base
@@ -257,7 +257,7 @@ def traced(fn, make_inputs, config: dict | None = None) -> tuple[str, ShapeEnv]:
             stack.enter_context(patch)
         inputs = make_inputs()
         try:
-            torch._inductor.compile_fx.compile_fx(make_fx(fn)(*inputs), inputs)
+            torch._inductor.compile_fx.compile_fx(make_fx(lambda *args: tree_leaves(fn(*args)))(*inputs), inputs)
         except _Generated as code:
             return code.args[0], env
     raise AssertionError("nothing was generated")
