@@ -1,6 +1,13 @@
-"""The only file that touches names of torch's compiler that have moved, or may."""
+"""The only file that touches names of torch's compiler that have moved, or may. Nothing is loaded before it is needed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import torch.compiler.config
+from torch import SymInt, Tensor
 
 
 def get_cache_key_tag() -> str:
@@ -9,3 +16,59 @@ def get_cache_key_tag() -> str:
 
 def set_cache_key_tag(tag: str) -> None:
     torch.compiler.config.cache_key_tag = tag
+
+
+def add_decomposition(op: torch._ops.OpOverload, fn: Callable) -> None:
+    """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays."""
+    from torch._inductor import decomposition
+
+    decomposition.decompositions[op] = fn
+    clear = getattr(decomposition.fast_random_decomps, "cache_clear", None)
+    if clear is not None:  # a copy of the table is made by the first compilation
+        clear()
+
+
+def add_lowering(op: torch._ops.OpOverload, fn: Callable) -> None:
+    """Inductor runs `fn` on its own values in place of the op; their types are not promoted."""
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(op, type_promotion_kind=None)(fn)
+
+
+def pointwise(fn: Callable, *inputs: Any, dtype: torch.dtype) -> Any:
+    """Inductor's value of an expression over elements; inputs of different shapes are broadcast."""
+    from torch._inductor.lowering import broadcast_tensors, make_pointwise
+
+    return make_pointwise(fn, override_return_dtype=dtype)(*broadcast_tensors(*inputs))
+
+
+def assembly(text: str, constraints: str, dtype: torch.dtype, *values: Any) -> Any:
+    """Inside `pointwise` on CUDA: one PTX instruction."""
+    from torch._inductor.virtualized import ops
+
+    return ops.inline_asm_elementwise(*values, asm=text, constraints=constraints, dtype=dtype, is_pure=True, pack=1)
+
+
+def truediv(a: Any, b: Any) -> Any:
+    """Inside `pointwise`."""
+    from torch._inductor.virtualized import ops
+
+    return ops.truediv(a, b)
+
+
+def launch(
+    kernel: Any, grid: Sequence[int | SymInt], written: Sequence[str], **arguments: Tensor | int | SymInt
+) -> dict[str, Tensor]:
+    """A launch of a Triton kernel as part of a graph that is traced. Returns the tensors `written`, as they are then.
+
+    Symbolic numbers are arguments of the graph; Python's are known to the compiler, and so are constexprs.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+    given = {name: value for name, value in arguments.items() if isinstance(value, (Tensor, SymInt))}
+    known = {name: value for name, value in arguments.items() if name not in given}
+    return triton_kernel_wrapper_functional(
+        kernel_idx=kernel_side_table.add_kernel(kernel), constant_args_idx=kernel_side_table.add_constant_args(known),
+        grid=[(*grid, *(1,) * (3 - len(grid)))], tma_descriptor_metadata={}, kwargs=given,
+        tensors_to_clone=list(written),
+    )  # fmt: skip

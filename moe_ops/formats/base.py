@@ -102,9 +102,9 @@ class Codec:
             return QuantizedTensor(x, None, None, None, self)
         xf = x.float()
         if self.global_scale and global_scale is None:
-            global_scale = self._global(xf)
+            global_scale = self.global_of(xf)
         if scale is None:
-            scale = self._scale(xf, global_scale)
+            scale = self.scale_of(self._amax(xf), global_scale)
         spread = self.spread(scale.float(), x.shape[-2], x.shape[-1])
         if global_scale is not None:
             spread = spread * global_scale[..., None, None]
@@ -127,15 +127,16 @@ class Codec:
     def _pack(self, codes: Tensor) -> Tensor:
         return pack(codes, self.element.bits) if self.packed else codes
 
-    def _global(self, x: Tensor) -> Tensor:
+    def global_of(self, x: Tensor) -> Tensor:
         """amax / (element.max * the largest scale) of each matrix; 1 for zeros."""
         amax = x.abs().amax((-2, -1)) if x.shape[-2] and x.shape[-1] else x.new_zeros(x.shape[:-2])
         g = amax / amax.new_full((), self.element.max * torch.finfo(self.scale_dtype).max)
         return torch.where(g == 0, torch.ones_like(g), g)
 
-    def _scale(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+    def scale_of(self, amax: Tensor, global_scale: Tensor | None = None) -> Tensor:
+        """Scales of blocks with these largest magnitudes (..., N/BN, K/BK), in their shape."""
         assert self.scale_rule is not None
-        scale = self.scale_rule(self._amax(x), self.element)
+        scale = self.scale_rule(amax, self.element)
         if global_scale is not None:  # the cast rounds to the nearest; the clamp keeps what it does beyond the largest
             scale = (scale / global_scale[..., None, None]).clamp(max=torch.finfo(self.scale_dtype).max)
         return scale.to(self.scale_dtype)

@@ -35,8 +35,8 @@ def encode_minifloat(x: Tensor, exponent_bits: int, mantissa_bits: int, bias: in
     x = torch.where(x.isnan(), 0.0, x.float())
     magnitude = x.abs().clamp(max=largest)
     exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=1 - bias)
-    spacing = ((exponent - mantissa_bits + 127) << 23).view(torch.float32)
-    steps = torch.round(magnitude / spacing).to(torch.int32)
+    inverse = ((mantissa_bits - exponent + 127) << 23).view(torch.float32)  # of the spacing, a power of two
+    steps = torch.round(magnitude * inverse).to(torch.int32)
     code = ((exponent + bias - 1) << mantissa_bits) + steps
     return (code + (torch.signbit(x).to(torch.int32) << (exponent_bits + mantissa_bits))).to(torch.uint8)
 
