@@ -1,7 +1,8 @@
-"""The only file that touches names of torch's compiler that have moved, or may. Nothing is loaded before it is needed."""
+"""The only file that touches names of torch's compiler that are private, have moved, or may. It loads what it needs late."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ def set_cache_key_tag(tag: str) -> None:
 def add_decomposition(op: torch._ops.OpOverload, fn: Callable) -> None:
     """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays."""
     from torch._inductor import decomposition
+    from torch._inductor.lowering import fallback_handler
 
     decomposition.decompositions[op] = fn
+    add_lowering(op, fallback_handler(op, add_to_fallback_set=False))  # for ops that stay
     clear = getattr(decomposition.fast_random_decomps, "cache_clear", None)
     if clear is not None:  # a copy of the table is made by the first compilation
         clear()
@@ -72,3 +75,85 @@ def launch(
         grid=[(*grid, *(1,) * (3 - len(grid)))], tma_descriptor_metadata={}, kwargs=given,
         tensors_to_clone=list(written),
     )  # fmt: skip
+
+
+def hint(size: Any) -> int:
+    """What a size is, or was when the graph was traced."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+# ---- inside a lowering
+
+
+def fake_tensors() -> list[Any]:
+    """The tensor arguments of the node that is being lowered, None for those that are absent, as fake tensors."""
+    from torch._inductor.virtualized import V
+
+    return [None if a is None else a.meta["val"] for a in V.graph.current_node.args]
+
+
+def max_autotune() -> bool:
+    from torch._inductor import config
+
+    return config.max_autotune or config.max_autotune_gemm
+
+
+def cpp_wrapper() -> bool:
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.cpp_wrapper)
+
+
+def realize(boxes: Sequence[Any]) -> list[Any]:
+    from torch._inductor.select_algorithm import realize_inputs
+
+    found = realize_inputs(*boxes)
+    return [found] if len(boxes) == 1 else list(found)
+
+
+def layout(box: Any, like: torch.Tensor) -> Any:
+    """Contiguous, of the fake tensor's size and type."""
+    from torch._inductor.ir import FixedLayout, FlexibleLayout
+
+    size = [s.node.expr if isinstance(s, torch.SymInt) else s for s in like.shape]
+    return FixedLayout(box.get_device(), like.dtype, size, FlexibleLayout.contiguous_strides(size))
+
+
+def template(name: str, source: str, grid: Callable) -> Any:
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    name = f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    known = TritonTemplate.all_templates.get(name)
+    return known or TritonTemplate(name=name, grid=SymbolicGridFn(grid), source=source)
+
+
+def extern_choice(name: str, fn: Callable) -> Any:
+    """A Python function as a choice of max_autotune."""
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    return ExternKernelChoice(fn, name=name, has_out_variant=False)
+
+
+def autotune(name: str, choices: list[Any], nodes: list[Any], layout: Any, examples: dict[int, Callable]) -> Any:
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    found = autotune_select_algorithm(name, choices, nodes, layout, input_gen_fns=examples)
+    return found[0] if isinstance(found, tuple) else found  # a tuple since 2.12
+
+
+def fallback(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+
+
+def example(values: torch.Tensor, node: Any) -> torch.Tensor:
+    """An example of a node to time with."""
+    return values.to(node.get_dtype()).to(node.get_device())
+
+
+def ones(node: Any) -> torch.Tensor:
+    from torch._inductor.virtualized import V
+
+    size = [int(V.graph.sizevars.size_hint(s)) for s in node.get_size()]
+    return torch.ones(size, device=node.get_device()).to(node.get_dtype())

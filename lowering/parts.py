@@ -8,6 +8,7 @@ R sorted rows, N outputs, K contraction, P parts of K.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from moe_ops.kernels.arrange import CHUNK
 from moe_ops.kernels.configs import Config
 
 from . import _compat, product, routing
-from .quantize import decoded, quantize, rounded, scale_value
+from .quantize import _decode as decoded
+from .quantize import _value as scale_value
+from .quantize import quantize, rounded
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Sums(triton.Sums):
 
     def total(self) -> Tensor:
         """(R, N) or (R, 2N) in the dtype of the product: added in order, one cast."""
-        return routing.added(self.parts).to(self.dtype)
+        return reduce(torch.add, self.parts.unbind(0)).to(self.dtype)
 
 
 def in_nibbles(x: Tensor) -> Tensor:
