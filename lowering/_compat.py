@@ -1,4 +1,4 @@
-"""The only file that touches names of torch's compiler that are private, have moved, or may. It loads what it needs late."""
+"""The only file that touches names of torch's compiler that are private or may move. It loads what it needs late."""
 
 from __future__ import annotations
 

@@ -73,7 +73,10 @@ class Parts(triton.Parts):
     added = Sums
     sort_by_expert = staticmethod(routing.sort_by_expert)
     arranged = staticmethod(arranged)
-    expected = staticmethod(_compat.hint)
+
+    @staticmethod
+    def expected(num_rows: int) -> int:
+        return _compat.hint(num_rows)
 
     @staticmethod
     def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:

@@ -84,7 +84,7 @@ def run_product(p: Product) -> None:
             above = tensor((ROWS, 1), torch.float32) if act.global_scale else None
             x = Operand(tensor((ROWS, act.stored(p.k)), act.element.storage), scales, above)
     gate = Gate(activation="silu", gated=True) if p.gated else None
-    backend.grouped_mm(x, weight, rows, gate, fmt, out_dtype=dtype, transpose=p.transpose)
+    backend.Parts.grouped_mm(x, weight, rows, gate, fmt, out_dtype=dtype, transpose=p.transpose)
 
 
 def run_other(o: Other) -> None:
