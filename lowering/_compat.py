@@ -19,10 +19,15 @@ def set_cache_key_tag(tag: str) -> None:
 
 
 def add_decomposition(op: torch._ops.OpOverload, fn: Callable) -> None:
-    """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays."""
-    from torch._inductor import decomposition
+    """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays, and is called.
+
+    An `add_lowering` of the same op comes after this.
+    """
+    from torch._inductor import decomposition, lowering
 
     decomposition.decompositions[op] = fn
+    if op not in lowering.lowerings:  # Inductor would refuse to call an op that has a decomposition
+        lowering.make_fallback(op, warn=False, override_decomp=True)
     clear = getattr(decomposition.fast_random_decomps, "cache_clear", None)
     if clear is not None:  # a copy of the table is made by the first compilation
         clear()

@@ -8,7 +8,9 @@ the groups' maxima are taken over the same bytes: both are loops of one shape, w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +27,21 @@ from .where import opens
 _SHARED = torch.float8_e8m0fnu
 
 
+class _Bytes(ExactDivision):
+    """Inside, shared exponents stay the bytes that they are made of, too."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.view and args[1:] == (_SHARED,):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     """x (M, K) -> codes and scales, to the bit those of `reference.quantize`; shared exponents as uint8.
 
     A scale that is given, one value or (M, 1), makes it static; it is the global one where the codec has that.
     """
-    with ExactDivision():
+    with _Bytes():
         if not _grouped(codec) or (scale is not None and not codec.global_scale):
             return _whole(x, codec, scale)
         stored, spread, whole = _scales(_lanes(x, codec), x, codec, scale)
@@ -43,7 +54,7 @@ def rounded(x: Tensor, codec: Codec, scale: Tensor | None = None, dtype: torch.d
     For products of decoded numbers. Scales of groups below 128 columns, and shared exponents, are in the numbers (M, K)
     of `dtype`: e8m0 and e4m3 exactly. What is left is `scale`, () or (M, 1) or (M, G), or None where nothing is.
     """
-    with ExactDivision():
+    with _Bytes():
         if not _grouped(codec) or (scale is not None and not codec.global_scale):
             q = _whole(x, codec, scale)
             return Operand(_decode(q.data, codec).to(dtype), q.scale)
@@ -95,8 +106,9 @@ def _scales(lanes: list[Tensor], x: Tensor, codec: Codec, given: Tensor | None) 
     if codec.global_scale:  # every row is a matrix of its own
         whole = codec.global_of(x.float()[:, None]) if given is None else given.float().reshape(-1).expand(x.shape[0])
     amax = _maximum([lane.abs() for lane in lanes]).amax((-2, -1))  # (M, G)
-    stored = codec.scale_of(amax[:, None], whole)[:, 0]
-    stored = stored.view(torch.uint8) if codec.scale_dtype == _SHARED else stored
+    assert codec.scale_rule is not None
+    shared = codec.scale_dtype == _SHARED
+    stored = codec.scale_rule(amax, codec.element) if shared else codec.scale_of(amax[:, None], whole)[:, 0]
     value = _value(stored)
     value = value if whole is None else value * whole[:, None]
     return stored, value[..., None, None], None if whole is None else whole[:, None]
