@@ -1,9 +1,10 @@
-"""The only file that touches names of torch's compiler that have moved, or may. Nothing is loaded before it is needed."""
+"""The only file that touches names of torch's compiler that have moved, or may. Loaded where needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.compiler.config
@@ -19,7 +20,7 @@ def set_cache_key_tag(tag: str) -> None:
 
 
 def add_decomposition(op: torch._ops.OpOverload, fn: Callable) -> None:
-    """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays, and is called.
+    """Inductor runs `fn` in place of the op, on fake tensors. Where it returns NotImplemented the op is called.
 
     An `add_lowering` of the same op comes after this.
     """
@@ -77,3 +78,23 @@ def launch(
         grid=[(*grid, *(1,) * (3 - len(grid)))], tma_descriptor_metadata={}, kwargs=given,
         tensors_to_clone=list(written),
     )  # fmt: skip
+
+
+_DERIVED: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # by the tracer, then by the node of its graph
+
+
+def derived(x: Tensor) -> dict:
+    """What has been made of the elements of x in the graph that is being traced; views of all of them are the same.
+
+    Graphs of inference are not searched for common expressions. Outside of a trace the dict is a new one.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode, aten = get_proxy_mode(), torch.ops.aten
+    slot = None if mode is None else get_proxy_slot(x, mode.tracer, None)
+    if mode is None or slot is None:
+        return {}
+    node: Any = slot.proxy.node
+    while node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        node = node.args[0]
+    return _DERIVED.setdefault(mode.tracer, {}).setdefault(node, {})

@@ -21,6 +21,7 @@ from moe_ops.backends.base import Operand, Problem, arch_of
 from moe_ops.formats import FORMATS, Codec
 from moe_ops.formats.minifloat import decode_minifloat
 
+from . import _compat
 from .divide import ExactDivision
 from .where import opens
 
@@ -40,12 +41,23 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     """x (M, K) -> codes and scales, to the bit those of `reference.quantize`; shared exponents as uint8.
 
     A scale that is given, one value or (M, 1), makes it static; it is the global one where the codec has that.
+    Those who quantize the same x in one graph get the same tensors: they are not to be written to, nor returned twice.
     """
+    if scale is not None or not isinstance(x.shape[-1], int):
+        return _quantize(x, codec, scale)
+    known, key = _compat.derived(x), ("quantize", codec.name, x.shape[-1])
+    if key not in known:
+        known[key] = _quantize(x, codec, None)
+    return known[key]
+
+
+def _quantize(x: Tensor, codec: Codec, scale: Tensor | None) -> Operand:
     with _Bytes():
         if not _grouped(codec) or (scale is not None and not codec.global_scale):
             return _whole(x, codec, scale)
-        stored, spread, whole = _scales(_lanes(x, codec), x, codec, scale)
-        return Operand(_pack(_codes(_lanes(x, codec), spread, codec), codec, x.shape[-1]), stored, whole)
+        lanes = _lanes(x, codec)
+        stored, spread, whole = _scales(lanes, x, codec, scale)
+        return Operand(_pack(_codes(lanes, spread, codec), codec, x.shape[-1]), stored, whole)
 
 
 def rounded(x: Tensor, codec: Codec, scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Operand:
@@ -160,7 +172,7 @@ def _quantize_op(x: Tensor, scale: Tensor | None, codec: str, backend: str = "au
         return NotImplemented
     found, lead = FORMATS.codec(codec), x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])  # (M, K)
-    q = quantize(rows, found, None if scale is None else scale.reshape(-1, 1))
+    q = _quantize(rows, found, None if scale is None else scale.reshape(-1, 1))
     codes, none = q.data.view(*lead, q.data.shape[-1]), x.new_empty(0, dtype=torch.float32)
     if scale is not None and not found.global_scale:
         return codes, scale.clone(), none
