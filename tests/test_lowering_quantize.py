@@ -281,7 +281,7 @@ def test_nothing_is_quantized_twice(monkeypatch):
         viewed = y.view(8, -1, H).view(T, H)
         return [consumer(t, codec) for t, codec in take(y, viewed, z)]
 
-    for count, take in (
+    for expected, take in (
         (1, lambda y, viewed, z: [(y, a), (viewed, a), (y.reshape(-1, H), a)]),
         (2, lambda y, viewed, z: [(y, a), (y, b), (viewed, b)]),
         (3, lambda y, viewed, z: [(y, a), (z, a), (viewed.view(2 * T, -1), a)]),
@@ -289,7 +289,7 @@ def test_nothing_is_quantized_twice(monkeypatch):
         made.clear()
         with fake_gpu(90):
             source = generated(fn, lambda: [empty(T, H), empty(T, H)])
-        assert len(made) == count and not extern_calls(source)
+        assert len(made) == expected and not extern_calls(source)
 
 
 def test_where_ops_stay_closed():
