@@ -209,6 +209,8 @@ def test_kernels(codec, graph):
         built = compile_kernels(source) if codec in ROWS else []
     assert len(launches(source)) == count_of(codec, graph), launches(source)
     assert codec not in ROWS or (kinds(source) == ["red"] and not any(b.stack for b in built))
+    if FORMATS.codec(codec).block == (0, 0):  # the scale of all rows comes from the maxima of rows, not from x again
+        assert launches(source)[1].endswith("_fused_quantize_1")
     assert set(extern_calls(source)) <= {"aten.view.dtype"}  # how 2.15 writes the public op's type: no kernel
     assert "div.rn.f32" in source and "moe_ops.quantize.default(" not in source
     assert not any("Eq" in str(guard.expr) for guard in env.guards)
@@ -290,6 +292,16 @@ def test_nothing_is_quantized_twice(monkeypatch):
         with fake_gpu(90):
             source = generated(fn, lambda: [empty(T, H), empty(T, H)])
         assert len(made) == expected and not extern_calls(source)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_and_one(tokens):
+    def fn(x):
+        return [OP(x, None, codec) for codec in SHAPES.values()]
+
+    with fake_gpu(90):
+        source = generated(fn, lambda: [empty(tokens, 256)])
+    assert bool(launches(source)) == tokens and set(extern_calls(source)) <= {"aten.view.dtype"}
 
 
 def test_where_ops_stay_closed():
