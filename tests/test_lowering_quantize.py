@@ -301,7 +301,8 @@ def test_no_token_and_one(tokens):
 
     with fake_gpu(90):
         source = generated(fn, lambda: [empty(tokens, 256)])
-    assert bool(launches(source)) == tokens and set(extern_calls(source)) <= {"aten.view.dtype"}
+    at_most = 1 if tokens == 0 else 2 * len(SHAPES)  # a matrix has a scale without rows, too
+    assert tokens <= len(launches(source)) <= at_most and set(extern_calls(source)) <= {"aten.view.dtype"}
 
 
 def test_where_ops_stay_closed():
