@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.compiler.config
@@ -20,12 +21,15 @@ def set_cache_key_tag(tag: str) -> None:
 
 
 def add_decomposition(op: torch._ops.OpOverload, fn: Callable) -> None:
-    """Inductor runs `fn` in place of the op, on fake tensors; where it returns NotImplemented the op stays."""
-    from torch._inductor import decomposition
-    from torch._inductor.lowering import fallback_handler
+    """Inductor runs `fn` in place of the op, on fake tensors. Where it returns NotImplemented the op is called.
+
+    An `add_lowering` of the same op comes after this.
+    """
+    from torch._inductor import decomposition, lowering
 
     decomposition.decompositions[op] = fn
-    add_lowering(op, fallback_handler(op, add_to_fallback_set=False))  # for ops that stay
+    if op not in lowering.lowerings:  # Inductor would refuse to call an op that has a decomposition
+        lowering.make_fallback(op, warn=False, override_decomp=True)
     clear = getattr(decomposition.fast_random_decomps, "cache_clear", None)
     if clear is not None:  # a copy of the table is made by the first compilation
         clear()
@@ -75,6 +79,26 @@ def launch(
         grid=[(*grid, *(1,) * (3 - len(grid)))], tma_descriptor_metadata={}, kwargs=given,
         tensors_to_clone=list(written),
     )  # fmt: skip
+
+
+_DERIVED: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # by the tracer, then by the node of its graph
+
+
+def derived(x: Tensor) -> dict:
+    """What has been made of the elements of x in the graph that is being traced; views of all of them are the same.
+
+    Graphs of inference are not searched for common expressions. Outside of a trace the dict is a new one.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode, aten = get_proxy_mode(), torch.ops.aten
+    slot = None if mode is None else get_proxy_slot(x, mode.tracer, None)
+    if mode is None or slot is None:
+        return {}
+    node: Any = slot.proxy.node
+    while node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        node = node.args[0]
+    return _DERIVED.setdefault(mode.tracer, {}).setdefault(node, {})
 
 
 def hint(size: Any) -> int:

@@ -24,9 +24,7 @@ from moe_ops.kernels.arrange import CHUNK
 from moe_ops.kernels.configs import Config
 
 from . import _compat, product, routing
-from .quantize import _decode as decoded
-from .quantize import _value as scale_value
-from .quantize import quantize, rounded
+from .quantize import decoded, quantize, rounded, scale_value
 
 
 @dataclass(frozen=True)

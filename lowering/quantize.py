@@ -8,7 +8,9 @@ the groups' maxima are taken over the same bytes: both are loops of one shape, w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +21,43 @@ from moe_ops.backends.base import Operand, Problem, arch_of
 from moe_ops.formats import FORMATS, Codec
 from moe_ops.formats.minifloat import decode_minifloat
 
+from . import _compat
 from .divide import ExactDivision
 from .where import opens
 
 _SHARED = torch.float8_e8m0fnu
 
 
+class _Bytes(ExactDivision):
+    """Inside, shared exponents stay the bytes that they are made of, too."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.view and args[1:] == (_SHARED,):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     """x (M, K) -> codes and scales, to the bit those of `reference.quantize`; shared exponents as uint8.
 
     A scale that is given, one value or (M, 1), makes it static; it is the global one where the codec has that.
+    Those who quantize the same x in one graph get the same tensors: they are not to be written to, nor returned twice.
     """
-    with ExactDivision():
+    if scale is not None or not isinstance(x.shape[-1], int):
+        return _quantize(x, codec, scale)
+    known, key = _compat.derived(x), ("quantize", codec.name, x.shape[-1])
+    if key not in known:
+        known[key] = _quantize(x, codec, None)
+    return known[key]
+
+
+def _quantize(x: Tensor, codec: Codec, scale: Tensor | None) -> Operand:
+    with _Bytes():
         if not _grouped(codec) or (scale is not None and not codec.global_scale):
             return _whole(x, codec, scale)
-        stored, spread, whole = _scales(_lanes(x, codec), x, codec, scale)
-        return Operand(_pack(_codes(_lanes(x, codec), spread, codec), codec, x.shape[-1]), stored, whole)
+        lanes = _lanes(x, codec)
+        stored, spread, whole = _scales(lanes, x, codec, scale)
+        return Operand(_pack(_codes(lanes, spread, codec), codec, x.shape[-1]), stored, whole)
 
 
 def rounded(x: Tensor, codec: Codec, scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Operand:
@@ -43,16 +66,16 @@ def rounded(x: Tensor, codec: Codec, scale: Tensor | None = None, dtype: torch.d
     For products of decoded numbers. Scales of groups below 128 columns, and shared exponents, are in the numbers (M, K)
     of `dtype`: e8m0 and e4m3 exactly. What is left is `scale`, () or (M, 1) or (M, G), or None where nothing is.
     """
-    with ExactDivision():
+    with _Bytes():
         if not _grouped(codec) or (scale is not None and not codec.global_scale):
             q = _whole(x, codec, scale)
-            return Operand(_decode(q.data, codec).to(dtype), q.scale)
+            return Operand(decoded(q.data, codec).to(dtype), q.scale)
         lanes = [_groups(x, codec)]
         stored, spread, whole = _scales(lanes, x, codec, scale)
-        numbers = _decode(_codes(lanes, spread, codec)[0], codec)
+        numbers = decoded(_codes(lanes, spread, codec)[0], codec)
         if not folds(codec):
             return Operand(_columns(numbers, x.shape[-1]).to(dtype), stored)
-        values = _value(stored)[..., None, None]
+        values = scale_value(stored)[..., None, None]
         return Operand(_columns(numbers * values, x.shape[-1]).to(dtype), whole)
 
 
@@ -95,9 +118,10 @@ def _scales(lanes: list[Tensor], x: Tensor, codec: Codec, given: Tensor | None) 
     if codec.global_scale:  # every row is a matrix of its own
         whole = codec.global_of(x.float()[:, None]) if given is None else given.float().reshape(-1).expand(x.shape[0])
     amax = _maximum([lane.abs() for lane in lanes]).amax((-2, -1))  # (M, G)
-    stored = codec.scale_of(amax[:, None], whole)[:, 0]
-    stored = stored.view(torch.uint8) if codec.scale_dtype == _SHARED else stored
-    value = _value(stored)
+    assert codec.scale_rule is not None
+    shared = codec.scale_dtype == _SHARED
+    stored = codec.scale_rule(amax, codec.element) if shared else codec.scale_of(amax[:, None], whole)[:, 0]
+    value = scale_value(stored)
     value = value if whole is None else value * whole[:, None]
     return stored, value[..., None, None], None if whole is None else whole[:, None]
 
@@ -106,7 +130,7 @@ def _maximum(lanes: list[Tensor]) -> Tensor:
     return lanes[0] if len(lanes) == 1 else torch.maximum(*lanes)
 
 
-def _value(stored: Tensor) -> Tensor:
+def scale_value(stored: Tensor) -> Tensor:
     """A stored scale as fp32. Bytes are shared exponents: 2^(b - 127), 255 NaN."""
     if stored.dtype != torch.uint8:
         return stored.float()
@@ -133,7 +157,7 @@ def _columns(t: Tensor, k: int) -> Tensor:
     return t.flatten(1)[:, :k]
 
 
-def _decode(codes: Tensor, codec: Codec) -> Tensor:
+def decoded(codes: Tensor, codec: Codec) -> Tensor:
     """Codes one by one -> fp32. Minifloats by their bits: a table would be another kernel's."""
     e = codec.element
     if not (isinstance(e.decode, partial) and e.decode.func is decode_minifloat):
@@ -148,7 +172,7 @@ def _quantize_op(x: Tensor, scale: Tensor | None, codec: str, backend: str = "au
         return NotImplemented
     found, lead = FORMATS.codec(codec), x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])  # (M, K)
-    q = quantize(rows, found, None if scale is None else scale.reshape(-1, 1))
+    q = _quantize(rows, found, None if scale is None else scale.reshape(-1, 1))
     codes, none = q.data.view(*lead, q.data.shape[-1]), x.new_empty(0, dtype=torch.float32)
     if scale is not None and not found.global_scale:
         return codes, scale.clone(), none

@@ -93,8 +93,7 @@ permute = routing.permute
 
 def unpermute(rows: Tensor, order: Tensor) -> Tensor:
     """rows (R, H) -> (R, H) in slot order: out[order[i]] = rows[i]. Read by the inverse: what is read can be fused."""
-    r = order.shape[0]
-    slots = torch.arange(r, dtype=order.dtype, device=order.device)
+    slots = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
     inverse = torch.empty_like(order).index_put((order.long(),), slots)
     return rows.index_select(0, inverse)
 
