@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Codec
+from . import cpu_nibbles
 from .base import Weight
 from .cpu_decode import Decoder, decoder, scale_values
 
@@ -40,6 +41,7 @@ class Plan:
     bits: int  # of the significand
     each: int  # lanes that share a scale; 0: scales do not change along K
     is_bytes: bool  # codes are int8, and scales do not change along K
+    is_nibbles: bool  # codes are integers of 4 bits, and scales of groups are exact in bf16
     is_half: bool  # decoding gives halves in the order of K, and scales do not change along K
 
 
@@ -49,7 +51,10 @@ def plan_of(codec: Codec) -> Plan:
     assert found is not None and codec.block is not None
     group = codec.block[1]
     is_half = found.dtype == torch.float16 and found.planes == 1 and not group
-    return Plan(found, significand(codec), group // found.planes, found.is_bytes and not group, is_half)
+    is_nibbles = codec.element.bits == 4 and found.dtype == torch.int8 and codec.block[0] == 1 and group > 0
+    is_nibbles = is_nibbles and _scale_bits(codec) <= 8
+    each = group // found.planes
+    return Plan(found, significand(codec), each, found.is_bytes and not group, is_nibbles, is_half)
 
 
 @cache
@@ -80,6 +85,10 @@ class Matrix:
         """(N, stored K)"""
         return self.weight.qdata[e].contiguous()
 
+    def scales(self, experts: Tensor | slice) -> Tensor:
+        """Of each of the experts, as they are stored."""
+        return self.scale[experts] if isinstance(experts, slice) else self.scale.index_select(0, experts)
+
     def channels(self, experts: Tensor | slice) -> Tensor | None:
         """(R, N) for experts (R,): what each row of their product is multiplied by."""
         w, whole = self.weight, None
@@ -94,6 +103,10 @@ class Matrix:
         """Whether the rows of a matrix fall into whole tiles that share their scales."""
         whole = not self.weight.interleaved and not self.n // self.weight.shards % max(self.block_n, 1)
         return self.group > 0 and self.block_n > 1 and self.planes == 1 and whole
+
+    def has_nibbles(self) -> bool:
+        """Whether torch multiplies such codes as they are."""
+        return self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each) and cpu_nibbles.has_kernel()
 
     def tiles(self, e: int) -> Tensor:
         """For such a matrix: scales of its tiles, for each column (R, K)."""

@@ -1,6 +1,7 @@
 """Products of a few experts with their rows on the CPU, by the route that is fastest.
 
     int8    codes are bytes, x is int8 or bf16: torch's product with int8 weights, or exact sums of int8 products
+    nibbles a result in bf16, integers of 4 bits in groups, a few rows: torch's product with those
     half    a result in bf16, scales of rows, up to 3 rows: torch's product with a vector of halves is fast
     bf16    a result in bf16, and more than a few rows: bf16 holds the decoded block and x exactly
     fp32    whatever else; x takes the scales of tiles, blocks of the matrix those of groups
@@ -16,18 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import cpu_nibbles
 from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS = 3, 3, 24, 8, 3
+_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS = 3, 3, 24, 8, 3, 8
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -90,6 +92,15 @@ class Product:
         self.twice = twice  # if so, not without making the product again
         self.tall = matrix.tall()
 
+    @cached_property
+    def nibble_rows(self) -> Tensor:
+        return cpu_nibbles.spread_rows(self.x.bf16, self.matrix.each)
+
+    @cached_property
+    def nibble_scales(self) -> Tensor:
+        """Of each expert of the run."""
+        return cpu_nibbles.spread_scales(self.matrix.scales(self.run.experts()).bfloat16(), self.matrix.each)
+
 
 def product(p: Product) -> Tensor:
     """(R, N) fp32, channels as stored."""
@@ -107,6 +118,8 @@ def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], N
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
     if plan.is_half and p.rounded and not p.twice and m <= _HALF_ROWS:
         return _half
+    if plan.is_nibbles and p.rounded and not p.twice and m <= _NIBBLE_ROWS and matrix.has_nibbles():
+        return _nibbles
     bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and _has_vnni()
     if vnni and x.codes is not None:
@@ -142,6 +155,11 @@ def _digits(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     digits, unit = p.x.digits
     high, mid, low = _int_mm(p.matrix.codes(e), digits[:, mine].flatten(0, 1)).float().unflatten(0, (3, -1))  # (M, N)
     torch.add(high, torch.add(mid, low, alpha=2.0**-7), alpha=2.0**-7, out=out).mul_(unit[mine])
+
+
+def _nibbles(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    x = p.nibble_rows[:, 2 * mine.start : 2 * mine.stop]
+    cpu_nibbles.multiply(x, p.matrix.codes(e), p.nibble_scales[i], out)
 
 
 def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
