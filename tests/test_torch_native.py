@@ -169,9 +169,9 @@ def alternate(t):
 TAKEN = [
     # format, rows, dtype -> route
     ("int8", 1, "_bytes"), ("int8", 8, "_digits"), ("int8", 40, "_bf16"), ("int8/int8", 1, "_int8"),
-    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_fp32"),
-    ("mxfp4", 8, "_bf16"), ("fp8_block", 1, "_tiles"), ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_fp32"),
-    ("int4_g128", 40, "_fp32"),
+    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_half"),
+    ("mxfp4", 8, "_bf16"), ("nvfp4/bf16", 1, "_half"), ("mxfp8", 1, "_half"), ("fp8_block", 1, "_tiles"),
+    ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_nibbles"), ("int4_g32", 8, "_nibbles"), ("int4_g128", 40, "_fp32"),
 ]  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_routes(name, rows, route, monkeypatch):
     if not cpu_products._has_vnni() or not cpu_products._has_bf16():
         pytest.skip("other routes on this CPU")
     taken = []
-    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_tiles", "_fp32"):
+    for known in ("_bytes", "_digits", "_int8", "_nibbles", "_half", "_bf16", "_tiles", "_fp32"):
         f = getattr(cpu_products, known)
         monkeypatch.setattr(cpu_products, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
     check(linear_of(name, 256, 256, False), torch.randn(rows, 256).bfloat16())
@@ -235,9 +235,10 @@ def test_an_element_that_bits_do_not_explain_is_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fn])
 def test_scales(dtype):
     bits = torch.arange(256 if dtype == torch.float8_e8m0fnu else 128).to(torch.uint8)  # scales are not negative
-    for factor, copies in ((1.0, 1), (1.0, 4), (0.25, 8)):
+    for factor, copies, to in ((1.0, 1, torch.float32), (1.0, 4, torch.float32), (0.25, 8, torch.bfloat16),
+                               (1.0, 4, torch.bfloat16), (2.0, 1, torch.bfloat16)):  # fmt: skip
         want = (bits.view(dtype).float() * factor).view(-1, 8).repeat_interleave(copies, 1)
-        got = scale_values(bits.view(dtype).view(-1, 8), factor, copies).float()
+        got = scale_values(bits.view(dtype).view(-1, 8), factor, copies, to).float()
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 

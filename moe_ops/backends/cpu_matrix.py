@@ -6,6 +6,7 @@ X experts of a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,11 @@ def _scale_bits(codec: Codec) -> int:
     return _SIGNIFICAND.get(codec.scale_dtype, 24)
 
 
+def _halves(codec: Codec) -> bool:
+    assert codec.block is not None
+    return codec.block[0] == 1 and codec.scale_dtype.itemsize == 1 and significand(codec) <= 11
+
+
 @dataclass(frozen=True)
 class Plan:
     """What follows from a codec alone."""
@@ -42,7 +48,7 @@ class Plan:
     each: int  # lanes that share a scale; 0: scales do not change along K
     is_bytes: bool  # codes are int8, and scales do not change along K
     is_nibbles: bool  # codes are integers of 4 bits, and scales of groups are exact in bf16
-    is_half: bool  # decoding gives halves in the order of K, and scales do not change along K
+    is_half: bool  # decoding gives halves, and so does a product with scales that change along K, if they are near
 
 
 @cache
@@ -50,7 +56,7 @@ def plan_of(codec: Codec) -> Plan:
     found = decoder(codec.element)
     assert found is not None and codec.block is not None
     group = codec.block[1]
-    is_half = found.dtype == torch.float16 and found.planes == 1 and not group
+    is_half = found.dtype == torch.float16 and (_halves(codec) if group else found.planes == 1)
     is_nibbles = codec.element.bits == 4 and found.dtype == torch.int8 and codec.block[0] == 1 and group > 0
     is_nibbles = is_nibbles and _scale_bits(codec) <= 8
     each = group // found.planes
@@ -125,15 +131,17 @@ class Matrix:
             self._buffers[dtype, shape] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
         return self._buffers[dtype, shape]
 
-    def decoded(self, e: int) -> Iterator[Block]:
-        """Blocks (P, B, L) without any scale, in the dtype of the decoder."""
+    def decoded(self, e: int, by_row: bool = False) -> Iterator[Block]:
+        """Blocks (P, B, L) without any scale, in the dtype of the decoder; in memory (B, P, L) if `by_row`."""
         codes, rows = self.codes(e), self._rows
         for a in range(0, self.n, rows):
             b = min(a + rows, self.n)
             if self.plan.is_bytes:
                 yield a, b, codes[None, a:b]
             else:
-                out = self._buffer(self.decode.dtype, self.planes, b - a, self.lanes)
+                shape = (b - a, self.planes) if by_row else (self.planes, b - a)
+                out = self._buffer(self.decode.dtype, *shape, self.lanes)
+                out = out.transpose(0, 1) if by_row else out
                 self.decode(codes[a:b], out)
                 yield a, b, out
 
@@ -147,17 +155,48 @@ class Matrix:
                 lanes.mul_(scales[a:b])
             yield a, b, out
 
-    def _group_scales(self, e: int) -> Tensor:
+    def half_factor(self, e: int) -> float | None:
+        """Power of two times which all numbers of a matrix are exact in half, and at most 64; None if there is none."""
+        if not self.group:
+            return 1 / self.decode.factor
+        scale, element = self.scale[e], self.codec.element
+        low, high = _extremes(scale)
+        by = 2.0 ** min(-math.ceil(math.log2(max(high * element.max / 64, high * self.decode.factor / 2**15))), 100)
+        least = 2.0 ** (1 - element.bias - element.mantissa_bits)
+        return by if low * least * by >= 2.0**-24 else None
+
+    def halves(self, e: int, by: float) -> Iterator[Block]:
+        """Blocks (B, K), planes one after the other, times what `half_factor` gave."""
+        scales = self._group_scales(e, by, torch.float16) if self.group else None
+        for a, b, block in self.decoded(e, by_row=True):
+            out = block.transpose(0, 1)  # (B, P, L)
+            if scales is not None:
+                lanes = out if scales.ndim == 2 else out.unflatten(2, (-1, self.each))
+                lanes.mul_(scales[a:b, None])
+            yield a, b, out.flatten(1)
+
+    def _group_scales(self, e: int, by: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, G, 1) where torch's product with a number for each run takes vectors of 16 floats, else (N, L)."""
-        scale, factor = self._by_row(self.scale[e], self.block_n, 0), self.decode.factor
+        scale, factor = self._by_row(self.scale[e], self.block_n, 0), self.decode.factor * by
         if self.each >= 16 and self.whole:
-            return scale_values(scale, factor)[..., None]
+            return scale_values(scale, factor, 1, dtype)[..., None]
         if self.each in (4, 8) and self.whole and scale.dtype.itemsize == 1:
-            return self._buffer(torch.float32, self.n, self.lanes).copy_(scale_values(scale, factor, self.each))
-        return scale_values(scale, factor).repeat_interleave(self.each, 1)[:, : self.lanes]
+            short = dtype if dtype.itemsize == 2 or self.each == 4 else torch.bfloat16
+            found = scale_values(scale, factor, self.each, short)
+            return found if short == dtype else self._buffer(dtype, self.n, self.lanes).copy_(found)
+        return scale_values(scale, factor, 1, dtype).repeat_interleave(self.each, 1)[:, : self.lanes]
 
     def bf16(self, e: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
         for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
             out = self._buffer(torch.bfloat16, b - a, self.planes, self.lanes)
             yield a, b, out.copy_(block.transpose(0, 1)).flatten(1)
+
+
+def _extremes(scale: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of bytes that are exponents; of all that their type has for others."""
+    info = torch.finfo(scale.dtype)
+    if scale.dtype != torch.float8_e8m0fnu:
+        return info.smallest_normal * info.eps, info.max
+    low, high = (int(byte) for byte in scale.view(torch.uint8).aminmax())
+    return 2.0 ** (low - 127), 2.0 ** (high - 127)

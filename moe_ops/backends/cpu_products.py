@@ -29,7 +29,7 @@ from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS = 3, 3, 24, 8, 3, 8
+_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS, _TWICE_ROWS = 3, 3, 24, 8, 3, 8, 1
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -116,7 +116,7 @@ def product(p: Product) -> Tensor:
 def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], None]:
     """For m rows: a function of the product, position in the run, expert and its rows, that fills what it is given."""
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
-    if plan.is_half and p.rounded and not p.twice and m <= _HALF_ROWS:
+    if plan.is_half and p.rounded and m <= (_TWICE_ROWS if p.twice else _HALF_ROWS):
         return _half
     if plan.is_nibbles and p.rounded and not p.twice and m <= _NIBBLE_ROWS and matrix.has_nibbles():
         return _nibbles
@@ -163,12 +163,19 @@ def _nibbles(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
 
 
 def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
-    rows, power = p.x.halves(p.matrix.decode.largest)
-    product = rows.new_empty(out.shape)
-    for a, b, block in p.matrix.decoded(e):
-        for j in range(out.shape[0]):
-            torch.mv(block[0], rows[mine.start + j], out=product[j, a:b])
-    torch.mul(product, power[mine], out=out)
+    by = p.matrix.half_factor(e)
+    if by is None:  # scales that are too far apart
+        return _fp32(p, i, e, mine, out)
+    rows, power = p.x.halves(64.0 if p.matrix.group else p.matrix.decode.largest)
+    for a, b, block in p.matrix.halves(e, by):
+        for j, x in enumerate(rows[mine]):
+            first = torch.mv(block, x)
+            out[j, a:b] = first
+            if p.twice:
+                out[j, a:b] += torch.addmv(first, block, x, beta=-1)
+    out *= power[mine]
+    if p.matrix.group:
+        out /= by
 
 
 def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
