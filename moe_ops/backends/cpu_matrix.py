@@ -133,17 +133,18 @@ class Matrix:
 
     def decoded(self, e: int, by_row: bool = False) -> Iterator[Block]:
         """Blocks (P, B, L) without any scale, in the dtype of the decoder; in memory (B, P, L) if `by_row`."""
-        codes, rows = self.codes(e), self._rows
-        for a in range(0, self.n, rows):
-            b = min(a + rows, self.n)
+        codes = self.codes(e)
+        for a in range(0, self.n, self._rows):
+            b = min(a + self._rows, self.n)
+            part = codes if b - a == self.n else codes[a:b]
             if self.plan.is_bytes:
-                yield a, b, codes[None, a:b]
-            else:
-                shape = (b - a, self.planes) if by_row else (self.planes, b - a)
-                out = self._buffer(self.decode.dtype, *shape, self.lanes)
-                out = out.transpose(0, 1) if by_row else out
-                self.decode(codes[a:b], out)
-                yield a, b, out
+                yield a, b, part[None]
+                continue
+            by_row = by_row and self.planes > 1
+            out = self._buffer(self.decode.dtype, *((b - a, self.planes) if by_row else (self.planes, b - a)), self.lanes)
+            out = out.transpose(0, 1) if by_row else out
+            self.decode(part, out)
+            yield a, b, out
 
     def floats(self, e: int, scaled: bool = True) -> Iterator[Block]:
         """Blocks (P, B, L) in fp32, times the scales of groups unless told otherwise."""
@@ -167,13 +168,13 @@ class Matrix:
 
     def halves(self, e: int, by: float) -> Iterator[Block]:
         """Blocks (B, K), planes one after the other, times what `half_factor` gave."""
-        scales = self._group_scales(e, by, torch.float16) if self.group else None
+        scales = self._group_scales(e, by, torch.float16)[:, None] if self.group else None
         for a, b, block in self.decoded(e, by_row=True):
-            out = block.transpose(0, 1)  # (B, P, L)
             if scales is not None:
-                lanes = out if scales.ndim == 2 else out.unflatten(2, (-1, self.each))
-                lanes.mul_(scales[a:b, None])
-            yield a, b, out.flatten(1)
+                out = block.transpose(0, 1)  # (B, P, L)
+                lanes = out if scales.ndim == 3 else out.unflatten(2, (-1, self.each))
+                lanes.mul_(scales[a:b])
+            yield a, b, block[0] if self.planes == 1 else block.transpose(0, 1).flatten(1)
 
     def _group_scales(self, e: int, by: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, G, 1) where torch's product with a number for each run takes vectors of 16 floats, else (N, L)."""

@@ -168,14 +168,15 @@ def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
         return _fp32(p, i, e, mine, out)
     rows, power = p.x.halves(64.0 if p.matrix.group else p.matrix.decode.largest)
     for a, b, block in p.matrix.halves(e, by):
-        for j, x in enumerate(rows[mine]):
+        for j, y in enumerate(out[:, a:b].unbind()):
+            x = rows[mine.start + j]
             first = torch.mv(block, x)
-            out[j, a:b] = first
+            y.copy_(first)
             if p.twice:
-                out[j, a:b] += torch.addmv(first, block, x, beta=-1)
-    out *= power[mine]
+                y.add_(torch.addmv(first, block, x, beta=-1))
+    out.mul_(power[mine])
     if p.matrix.group:
-        out /= by
+        out.div_(by)
 
 
 def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
