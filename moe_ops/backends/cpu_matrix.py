@@ -140,8 +140,8 @@ class Matrix:
             if self.plan.is_bytes:
                 yield a, b, part[None]
                 continue
-            by_row = by_row and self.planes > 1
-            out = self._buffer(self.decode.dtype, *((b - a, self.planes) if by_row else (self.planes, b - a)), self.lanes)
+            outer = (b - a, self.planes) if by_row else (self.planes, b - a)
+            out = self._buffer(self.decode.dtype, *outer, self.lanes)
             out = out.transpose(0, 1) if by_row else out
             self.decode(part, out)
             yield a, b, out
@@ -169,7 +169,7 @@ class Matrix:
     def halves(self, e: int, by: float) -> Iterator[Block]:
         """Blocks (B, K), planes one after the other, times what `half_factor` gave."""
         scales = self._group_scales(e, by, torch.float16)[:, None] if self.group else None
-        for a, b, block in self.decoded(e, by_row=True):
+        for a, b, block in self.decoded(e, by_row=self.planes > 1):
             if scales is not None:
                 out = block.transpose(0, 1)  # (B, P, L)
                 lanes = out if scales.ndim == 3 else out.unflatten(2, (-1, self.each))

@@ -1,8 +1,8 @@
 """torch's product with 4-bit integers in groups, on codes as they are stored: for each call their bytes are transposed.
 
-That kernel sums x[k] * (code[k, n] - 8) * scale[group of k, n] in fp32. It takes 64 channels n in 32 bytes: channel i in
-the low half of byte i, channel i + 32 in its high half. A stored byte holds two numbers k of one channel instead, so the
-kernel is told that it is one number of two channels, and is given the even and the odd columns of x as two rows:
+That kernel sums x[k] * (code[k, n] - 8) * scale[group of k, n] in fp32. It takes 64 channels n in 32 bytes: channel i
+in the low half of byte i, channel i + 32 in its high half. A stored byte holds two numbers k of one channel instead, so
+the kernel is told that it is one number of two channels, and gets the even and the odd columns of x as two rows:
 
     y[n] = even * low halves of n + odd * high halves of n
 
