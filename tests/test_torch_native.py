@@ -171,7 +171,8 @@ TAKEN = [
     ("int8", 1, "_bytes"), ("int8", 8, "_digits"), ("int8", 40, "_bf16"), ("int8/int8", 1, "_int8"),
     ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_half"),
     ("mxfp4", 8, "_bf16"), ("nvfp4/bf16", 1, "_half"), ("mxfp8", 1, "_half"), ("fp8_block", 1, "_tiles"),
-    ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_nibbles"), ("int4_g32", 8, "_nibbles"), ("int4_g128", 40, "_fp32"),
+    ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_nibbles"), ("int4_g128", 40, "_fp32"),
+    ("int4_g32", 4, "_nibbles"), ("int4_g32", 5, "_fp32"),
 ]  # fmt: skip
 
 
@@ -216,6 +217,7 @@ def test_nibbles(each, groups, rows):
     """Channels of 32 and 96, groups of `each` bytes: what the packed product gives, by the numbers of each byte."""
     if not cpu_nibbles.has_kernel():
         pytest.skip("torch packs otherwise on this CPU")
+    torch.manual_seed(0)
     for n in (32, 96):
         lanes = each * groups
         assert cpu_nibbles.fits(n, lanes, each)
@@ -226,9 +228,8 @@ def test_nibbles(each, groups, rows):
         cpu_nibbles.multiply(spread[0], codes, spread[1], got := torch.full((rows, n), torch.nan))
         numbers = torch.stack([codes & 15, codes >> 4]).double() - 8.0  # (2, N, L)
         numbers *= scale[1].double().repeat_interleave(each, 1)
-        parts = torch.einsum("mpl,pnl->pmn", x.double(), numbers)
-        assert ((got - parts.sum(0)).abs() <= parts.abs().sum(0) * 2.0**-6 + 2.0**-6).all()
-        assert error(got, parts.sum(0)) < 0.003  # roundings to bf16
+        want, most = (torch.einsum("mpl,pnl->mn", f(x.double()), f(numbers)) for f in (torch.clone, torch.abs))
+        assert ((got - want).abs() <= most * 2.0**-8).all() and error(got, want) < 0.004  # roundings to bf16
 
 
 @pytest.mark.parametrize("n,lanes,each", [(48, 64, 32), (64, 48, 16), (64, 96, 48), (64, 24, 24), (64, 64, 0)])

@@ -110,9 +110,10 @@ class Matrix:
         whole = not self.weight.interleaved and not self.n // self.weight.shards % max(self.block_n, 1)
         return self.group > 0 and self.block_n > 1 and self.planes == 1 and whole
 
-    def has_nibbles(self) -> bool:
-        """Whether torch multiplies such codes as they are."""
-        return self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each) and cpu_nibbles.has_kernel()
+    def has_nibbles(self, products: int) -> bool:
+        """Whether torch multiplies such codes as they are, by so many products at most."""
+        fits = self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each)
+        return fits and cpu_nibbles.unit_of(self.each) <= products * self.each and cpu_nibbles.has_kernel()
 
     def tiles(self, e: int) -> Tensor:
         """For such a matrix: scales of its tiles, for each column (R, K)."""

@@ -1,14 +1,16 @@
 """Products of a few experts with their rows on the CPU, by the route that is fastest.
 
     int8    codes are bytes, x is int8 or bf16: torch's product with int8 weights, or exact sums of int8 products
-    nibbles a result in bf16, integers of 4 bits in groups, a few rows: torch's product with those
-    half    a result in bf16, scales of rows, up to 3 rows: torch's product with a vector of halves is fast
+    nibbles a result in bf16, integers of 4 bits in groups, a few rows: torch's product with those (cpu_nibbles.py)
+    half    a result in bf16, up to 3 rows, scales of rows or of groups that half holds: torch's product with a vector
+            of halves is fast
     bf16    a result in bf16, and more than a few rows: bf16 holds the decoded block and x exactly
     fp32    whatever else; x takes the scales of tiles, blocks of the matrix those of groups
 
-torch rounds products of halves and of bf16 before they meet their scales. A result in bf16 bears that: its error is
-1.0 and 1.4 times the reference's. Where it is made into codes it does not, for those that turn over cost more than the
-rounding: fp32 then, or bf16 twice, the second time with the first subtracted inside, and the sum is as good as fp32.
+torch rounds products of halves, of bf16 and of packed integers before they meet their scales or each other. A result in
+bf16 bears that: its error is 1.0, 1.4 and 1.5 times the reference's. Where it is made into codes it does not, for those
+that turn over cost more than the rounding: fp32 then, or bf16 twice, the second time with the first subtracted inside,
+and the sum is as good as fp32.
 
 R rows of a run of experts, M of one expert, N output channels, K contraction, G groups of K, P planes (cpu_decode.py).
 """
@@ -29,7 +31,7 @@ from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS, _TWICE_ROWS = 3, 3, 24, 8, 3, 8, 1
+_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS = 3, 3, 24, 8, 3, 8
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -116,9 +118,9 @@ def product(p: Product) -> Tensor:
 def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], None]:
     """For m rows: a function of the product, position in the run, expert and its rows, that fills what it is given."""
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
-    if plan.is_half and p.rounded and m <= (_TWICE_ROWS if p.twice else _HALF_ROWS):
+    if plan.is_half and p.rounded and not p.twice and m <= _HALF_ROWS:
         return _half
-    if plan.is_nibbles and p.rounded and not p.twice and m <= _NIBBLE_ROWS and matrix.has_nibbles():
+    if plan.is_nibbles and p.rounded and not p.twice and m <= _NIBBLE_ROWS and matrix.has_nibbles(_NIBBLE_ROWS // m):
         return _nibbles
     bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and _has_vnni()
@@ -169,11 +171,7 @@ def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     rows, power = p.x.halves(64.0 if p.matrix.group else p.matrix.decode.largest)
     for a, b, block in p.matrix.halves(e, by):
         for j, y in enumerate(out[:, a:b].unbind()):
-            x = rows[mine.start + j]
-            first = torch.mv(block, x)
-            y.copy_(first)
-            if p.twice:
-                y.add_(torch.addmv(first, block, x, beta=-1))
+            y.copy_(torch.mv(block, rows[mine.start + j]))
     out.mul_(power[mine])
     if p.matrix.group:
         out.div_(by)
