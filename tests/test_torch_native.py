@@ -77,6 +77,9 @@ def test_nothing_to_multiply(name):
     q = linear_of(name, 64, 128, True)
     q.backend = "torch"
     assert q(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
+    q = linear_of(name, 0, 128, True)
+    q.backend = "torch"
+    assert q(torch.empty(2, 128, dtype=torch.bfloat16)).shape == (2, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 12])

@@ -107,7 +107,7 @@ class Product:
 def product(p: Product) -> Tensor:
     """(R, N) fp32, channels as stored."""
     y = p.x.values.new_empty(p.x.values.shape[0], p.matrix.n, dtype=torch.float32)
-    for i, e, mine in p.run:
+    for i, e, mine in p.run if p.matrix.n else ():
         _route(p, mine.stop - mine.start)(p, i, e, mine, y[mine])
     for scale in (p.matrix.channels(p.run.owners()), p.x.scale):
         if scale is not None:
