@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_ops import QuantizedLinear
-from moe_ops.backends import BACKENDS, Problem, cpu_matrix, cpu_products, select
+from moe_ops.backends import BACKENDS, Problem, cpu_matrix, cpu_nibbles, cpu_products, select
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.backends.cpu_decode import decoder, scale_values, to_planes
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
@@ -77,6 +77,9 @@ def test_nothing_to_multiply(name):
     q = linear_of(name, 64, 128, True)
     q.backend = "torch"
     assert q(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
+    q = linear_of(name, 0, 128, True)
+    q.backend = "torch"
+    assert q(torch.empty(2, 128, dtype=torch.bfloat16)).shape == (2, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 12])
@@ -169,18 +172,19 @@ def alternate(t):
 TAKEN = [
     # format, rows, dtype -> route
     ("int8", 1, "_bytes"), ("int8", 8, "_digits"), ("int8", 40, "_bf16"), ("int8/int8", 1, "_int8"),
-    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_fp32"),
-    ("mxfp4", 8, "_bf16"), ("fp8_block", 1, "_tiles"), ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_fp32"),
-    ("int4_g128", 40, "_fp32"),
+    ("int8/int8", 40, "_int8"), ("fp8", 1, "_half"), ("fp8", 3, "_half"), ("fp8", 8, "_bf16"), ("mxfp4", 3, "_half"),
+    ("mxfp4", 8, "_bf16"), ("nvfp4/bf16", 1, "_half"), ("mxfp8", 1, "_half"), ("fp8_block", 1, "_tiles"),
+    ("fp8_block", 40, "_fp32"), ("int4_g128", 1, "_nibbles"), ("int4_g128", 40, "_fp32"),
+    ("int4_g32", 4, "_nibbles"), ("int4_g32", 5, "_fp32"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name,rows,route", TAKEN)
 def test_routes(name, rows, route, monkeypatch):
-    if not cpu_products._has_vnni() or not cpu_products._has_bf16():
+    if not cpu_products._has_vnni() or not cpu_products._has_bf16() or not cpu_nibbles.has_kernel():
         pytest.skip("other routes on this CPU")
     taken = []
-    for known in ("_bytes", "_digits", "_int8", "_half", "_bf16", "_tiles", "_fp32"):
+    for known in ("_bytes", "_digits", "_int8", "_nibbles", "_half", "_bf16", "_tiles", "_fp32"):
         f = getattr(cpu_products, known)
         monkeypatch.setattr(cpu_products, known, lambda *a, f=f, known=known: (taken.append(known), f(*a)))
     check(linear_of(name, 256, 256, False), torch.randn(rows, 256).bfloat16())
@@ -189,8 +193,9 @@ def test_routes(name, rows, route, monkeypatch):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_other_processors(name, monkeypatch):
-    """Without exact int8 sums, and without products in bf16."""
+    """Without exact int8 sums, without the product with packed integers, and without products in bf16."""
     monkeypatch.setattr(cpu_products, "_has_vnni", lambda: False)
+    monkeypatch.setattr(cpu_nibbles, "has_kernel", lambda: False)
     for rows, has_bf16 in ((1, True), (8, True), (8, False), (30, False)):
         monkeypatch.setattr(cpu_products, "_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         check(linear_of(name, 192, 256, False), torch.randn(rows, 256).bfloat16())
@@ -209,7 +214,56 @@ def test_what_becomes_codes_is_as_good_as_the_reference(name, rows):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("each,groups", [(1, 64), (8, 8), (16, 6), (32, 3), (64, 2), (96, 1), (128, 1), (768, 2)])
+def test_nibbles(each, groups, rows):
+    """Channels of 32 and 96, groups of `each` bytes: what the packed product gives, by the numbers of each byte."""
+    if not cpu_nibbles.has_kernel():
+        pytest.skip("torch packs otherwise on this CPU")
+    torch.manual_seed(0)
+    for n in (32, 96):
+        lanes = each * groups
+        assert cpu_nibbles.fits(n, lanes, each)
+        codes = torch.randint(0, 256, (n, lanes), dtype=torch.uint8)
+        scale = (torch.randn(2, n, groups) / 8).bfloat16()  # of two experts; a scale may be negative
+        x = torch.randn(rows, 2, lanes).bfloat16()  # even columns, odd columns
+        spread = cpu_nibbles.spread_rows(x.flatten(1), each), cpu_nibbles.spread_scales(scale, each)[1]
+        cpu_nibbles.multiply(spread[0], codes, spread[1], got := torch.full((rows, n), torch.nan))
+        numbers = torch.stack([codes & 15, codes >> 4]).double() - 8.0  # (2, N, L)
+        numbers *= scale[1].double().repeat_interleave(each, 1)
+        want, most = (torch.einsum("mpl,pnl->mn", f(x.double()), f(numbers)) for f in (torch.clone, torch.abs))
+        assert ((got - want).abs() <= most * 2.0**-8).all() and error(got, want) < 0.004  # roundings to bf16
+
+
+@pytest.mark.parametrize("n,lanes,each", [(48, 64, 32), (64, 48, 16), (64, 96, 48), (64, 24, 24), (64, 64, 0)])
+def test_what_the_packed_product_does_not_take(n, lanes, each):
+    assert not cpu_nibbles.fits(n, lanes, each)
+
+
 # ---- values
+
+
+@pytest.mark.parametrize("spread", [0, 6, 11, 26, 30, 60])
+@pytest.mark.parametrize("codec", {FORMATS[n].weight.name: FORMATS[n].weight for n in QUANTIZED}.values(),
+                         ids=lambda codec: codec.name)  # fmt: skip
+def test_halves_are_exact(codec, spread):
+    """Codes times scales of groups that are up to 2^spread apart are in half what they are in float64, or refused."""
+    if not cpu_matrix.plan_of(codec).is_half or not codec.block[1]:
+        pytest.skip("its scales do not multiply halves")
+    torch.manual_seed(spread)
+    q = quantize_weight(codec, torch.randn(2, 32, 480))
+    if codec.scale_dtype == torch.float8_e8m0fnu:
+        q.scale.view(torch.uint8).random_(40, 41 + spread)
+        q.scale.view(torch.uint8).view(-1)[:2] = torch.tensor([40, 40 + spread])
+    matrix = cpu_matrix.Matrix(Weight(q.qdata, q.scale, q.global_scale), codec)
+    by = matrix.half_factor(0)
+    assert by is not None or (spread > 11 and codec.scale_dtype == torch.float8_e8m0fnu)
+    assert by is None or spread < 60 or codec.scale_dtype != torch.float8_e8m0fnu
+    if by is not None:
+        want = codec.decode(q.qdata[0]).double() * codec.spread(q.scale[0].double(), 32, 480)
+        for a, b, block in matrix.halves(0, by):
+            assert torch.equal(block.double() / by, to_planes(want, matrix.planes)[a:b])
+            assert block.abs().max() <= 64
 
 
 @pytest.mark.parametrize("codec", {FORMATS[n].weight.element.name: FORMATS[n].weight for n in QUANTIZED}.values(),
@@ -235,9 +289,10 @@ def test_an_element_that_bits_do_not_explain_is_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fn])
 def test_scales(dtype):
     bits = torch.arange(256 if dtype == torch.float8_e8m0fnu else 128).to(torch.uint8)  # scales are not negative
-    for factor, copies in ((1.0, 1), (1.0, 4), (0.25, 8)):
+    for factor, copies, to in ((1.0, 1, torch.float32), (1.0, 4, torch.float32), (0.25, 8, torch.bfloat16),
+                               (1.0, 4, torch.bfloat16), (2.0, 1, torch.bfloat16)):  # fmt: skip
         want = (bits.view(dtype).float() * factor).view(-1, 8).repeat_interleave(copies, 1)
-        got = scale_values(bits.view(dtype).view(-1, 8), factor, copies).float()
+        got = scale_values(bits.view(dtype).view(-1, 8), factor, copies, to).float()
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 

@@ -61,12 +61,12 @@ class Taken:
         return self.values.float().unflatten(1, (-1, self._planes)).permute(2, 0, 1).contiguous()
 
     def halves(self, largest: float) -> tuple[Tensor, Tensor]:
-        """Rows (R, K) divided by a power of two, in half, and the power (R, 1).
+        """Rows (R, K), planes one after the other, divided by a power of two, in half, and the power (R, 1).
 
         Sums of products with numbers of up to `largest` stay below 2^15, and bf16 stays exact down to 2^-30 of that.
         """
         if self._halves is None:
-            x = self.values.float()
+            x = to_planes(self.values.float(), self._planes)
             size = x.abs().sum(1, keepdim=True).mul_(max(largest, 1.0)).clamp_(2.0**-112, 2.0**127)
             power = size.view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32).mul_(2.0**-14)
             self._halves = (x / power).half(), power

@@ -106,24 +106,23 @@ def to_planes(x: Tensor, planes: int) -> Tensor:
     return x if planes == 1 else x.view(x.shape[0], -1, planes).transpose(1, 2).reshape(x.shape)
 
 
+_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # numbers that are only copied
+
+
 @cache
-def _scale_table(dtype: torch.dtype, factor: float, copies: int) -> Tensor:
-    """For each byte (1, 256): its scale times a factor; several copies of that as one number of 16 bytes."""
-    values = torch.arange(256, device="cpu").to(torch.uint8).view(dtype).float() * factor
-    if copies == 1:
-        return values[None]
-    short = values if copies == 4 else values.bfloat16()
-    return short.view(-1, 1).repeat(1, copies).view(torch.complex128).view(1, -1)
+def _scale_table(dtype: torch.dtype, factor: float, copies: int, to: torch.dtype) -> Tensor:
+    """For each byte (1, 256): its scale times a factor; several copies of that as one number."""
+    values = (torch.arange(256, device="cpu").to(torch.uint8).view(dtype).double() * factor).to(to)
+    return values.view(-1, 1).repeat(1, copies).view(_BYTES[copies * to.itemsize]).view(1, -1)
 
 
-def scale_values(scale: Tensor, factor: float = 1.0, copies: int = 1) -> Tensor:
-    """scale (N, G) of any dtype, times a factor: (N, G * copies) in fp32, or bf16 where there are 8 copies.
+def scale_values(scale: Tensor, factor: float = 1.0, copies: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """scale (N, G) of any dtype, times a factor: (N, G * copies) in `dtype`.
 
-    Bytes are looked up, for torch converts them one by one; only those may be copied, 4 or 8 times.
+    Bytes are looked up, for torch converts them one by one; only those may be copied, into up to 16 bytes.
     """
     if scale.dtype.itemsize > 1:
         assert copies == 1
-        return scale.to(torch.float32, copy=True).mul_(factor)
-    table = _scale_table(scale.dtype, factor, copies)
-    found = table.expand(scale.shape[0], -1).gather(1, scale.view(torch.uint8).long())
-    return found if copies == 1 else found.view(torch.float32 if copies == 4 else torch.bfloat16)
+        return scale.to(dtype, copy=True).mul_(factor)
+    table = _scale_table(scale.dtype, factor, copies, dtype)
+    return table.expand(scale.shape[0], -1).gather(1, scale.view(torch.uint8).long()).view(dtype)

@@ -6,6 +6,7 @@ X experts of a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Codec
+from . import cpu_nibbles
 from .base import Weight
 from .cpu_decode import Decoder, decoder, scale_values
 
@@ -32,6 +34,11 @@ def _scale_bits(codec: Codec) -> int:
     return _SIGNIFICAND.get(codec.scale_dtype, 24)
 
 
+def _halves(codec: Codec) -> bool:
+    assert codec.block is not None
+    return codec.block[0] == 1 and codec.scale_dtype.itemsize == 1 and significand(codec) <= 11
+
+
 @dataclass(frozen=True)
 class Plan:
     """What follows from a codec alone."""
@@ -40,7 +47,8 @@ class Plan:
     bits: int  # of the significand
     each: int  # lanes that share a scale; 0: scales do not change along K
     is_bytes: bool  # codes are int8, and scales do not change along K
-    is_half: bool  # decoding gives halves in the order of K, and scales do not change along K
+    is_nibbles: bool  # codes are integers of 4 bits, and scales of groups are exact in bf16
+    is_half: bool  # decoding gives halves, and so does a product with scales that change along K, if they are near
 
 
 @cache
@@ -48,8 +56,11 @@ def plan_of(codec: Codec) -> Plan:
     found = decoder(codec.element)
     assert found is not None and codec.block is not None
     group = codec.block[1]
-    is_half = found.dtype == torch.float16 and found.planes == 1 and not group
-    return Plan(found, significand(codec), group // found.planes, found.is_bytes and not group, is_half)
+    is_half = found.dtype == torch.float16 and (_halves(codec) if group else found.planes == 1)
+    is_nibbles = codec.element.bits == 4 and found.dtype == torch.int8 and codec.block[0] == 1 and group > 0
+    is_nibbles = is_nibbles and _scale_bits(codec) <= 8
+    each = group // found.planes
+    return Plan(found, significand(codec), each, found.is_bytes and not group, is_nibbles, is_half)
 
 
 @cache
@@ -80,6 +91,10 @@ class Matrix:
         """(N, stored K)"""
         return self.weight.qdata[e].contiguous()
 
+    def scales(self, experts: Tensor | slice) -> Tensor:
+        """Of each of the experts, as they are stored."""
+        return self.scale[experts] if isinstance(experts, slice) else self.scale.index_select(0, experts)
+
     def channels(self, experts: Tensor | slice) -> Tensor | None:
         """(R, N) for experts (R,): what each row of their product is multiplied by."""
         w, whole = self.weight, None
@@ -94,6 +109,11 @@ class Matrix:
         """Whether the rows of a matrix fall into whole tiles that share their scales."""
         whole = not self.weight.interleaved and not self.n // self.weight.shards % max(self.block_n, 1)
         return self.group > 0 and self.block_n > 1 and self.planes == 1 and whole
+
+    def has_nibbles(self, products: int) -> bool:
+        """Whether torch multiplies such codes as they are, by so many products at most."""
+        fits = self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each)
+        return fits and cpu_nibbles.unit_of(self.each) <= products * self.each and cpu_nibbles.has_kernel()
 
     def tiles(self, e: int) -> Tensor:
         """For such a matrix: scales of its tiles, for each column (R, K)."""
@@ -112,17 +132,20 @@ class Matrix:
             self._buffers[dtype, shape] = torch.empty(shape, dtype=dtype, device=self.weight.qdata.device)
         return self._buffers[dtype, shape]
 
-    def decoded(self, e: int) -> Iterator[Block]:
-        """Blocks (P, B, L) without any scale, in the dtype of the decoder."""
-        codes, rows = self.codes(e), self._rows
-        for a in range(0, self.n, rows):
-            b = min(a + rows, self.n)
+    def decoded(self, e: int, by_row: bool = False) -> Iterator[Block]:
+        """Blocks (P, B, L) without any scale, in the dtype of the decoder; in memory (B, P, L) if `by_row`."""
+        codes = self.codes(e)
+        for a in range(0, self.n, self._rows):
+            b = min(a + self._rows, self.n)
+            part = codes if b - a == self.n else codes[a:b]
             if self.plan.is_bytes:
-                yield a, b, codes[None, a:b]
-            else:
-                out = self._buffer(self.decode.dtype, self.planes, b - a, self.lanes)
-                self.decode(codes[a:b], out)
-                yield a, b, out
+                yield a, b, part[None]
+                continue
+            outer = (b - a, self.planes) if by_row else (self.planes, b - a)
+            out = self._buffer(self.decode.dtype, *outer, self.lanes)
+            out = out.transpose(0, 1) if by_row else out
+            self.decode(part, out)
+            yield a, b, out
 
     def floats(self, e: int, scaled: bool = True) -> Iterator[Block]:
         """Blocks (P, B, L) in fp32, times the scales of groups unless told otherwise."""
@@ -134,17 +157,48 @@ class Matrix:
                 lanes.mul_(scales[a:b])
             yield a, b, out
 
-    def _group_scales(self, e: int) -> Tensor:
+    def half_factor(self, e: int) -> float | None:
+        """Power of two times which all numbers of a matrix are exact in half, and at most 64; None if there is none."""
+        if not self.group:
+            return 1 / self.decode.factor
+        scale, element = self.scale[e], self.codec.element
+        low, high = _extremes(scale)
+        by = 2.0 ** min(-math.ceil(math.log2(max(high * element.max / 64, high * self.decode.factor / 2**15))), 100)
+        least = 2.0 ** (1 - element.bias - element.mantissa_bits)
+        return by if low * least * by >= 2.0**-24 else None
+
+    def halves(self, e: int, by: float) -> Iterator[Block]:
+        """Blocks (B, K), planes one after the other, times what `half_factor` gave."""
+        scales = self._group_scales(e, by, torch.float16)[:, None] if self.group else None
+        for a, b, block in self.decoded(e, by_row=self.planes > 1):
+            if scales is not None:
+                out = block.transpose(0, 1)  # (B, P, L)
+                lanes = out if scales.ndim == 3 else out.unflatten(2, (-1, self.each))
+                lanes.mul_(scales[a:b])
+            yield a, b, block[0] if self.planes == 1 else block.transpose(0, 1).flatten(1)
+
+    def _group_scales(self, e: int, by: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, G, 1) where torch's product with a number for each run takes vectors of 16 floats, else (N, L)."""
-        scale, factor = self._by_row(self.scale[e], self.block_n, 0), self.decode.factor
+        scale, factor = self._by_row(self.scale[e], self.block_n, 0), self.decode.factor * by
         if self.each >= 16 and self.whole:
-            return scale_values(scale, factor)[..., None]
+            return scale_values(scale, factor, 1, dtype)[..., None]
         if self.each in (4, 8) and self.whole and scale.dtype.itemsize == 1:
-            return self._buffer(torch.float32, self.n, self.lanes).copy_(scale_values(scale, factor, self.each))
-        return scale_values(scale, factor).repeat_interleave(self.each, 1)[:, : self.lanes]
+            short = dtype if dtype.itemsize == 2 or self.each == 4 else torch.bfloat16
+            found = scale_values(scale, factor, self.each, short)
+            return found if short == dtype else self._buffer(dtype, self.n, self.lanes).copy_(found)
+        return scale_values(scale, factor, 1, dtype).repeat_interleave(self.each, 1)[:, : self.lanes]
 
     def bf16(self, e: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks (B, K) as `floats`, in bf16: exact if `significand` is at most 8."""
         for a, b, block in self.decoded(e) if self.plan.is_bytes else self.floats(e):
             out = self._buffer(torch.bfloat16, b - a, self.planes, self.lanes)
             yield a, b, out.copy_(block.transpose(0, 1)).flatten(1)
+
+
+def _extremes(scale: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of bytes that are exponents; of all that their type has for others."""
+    info = torch.finfo(scale.dtype)
+    if scale.dtype != torch.float8_e8m0fnu:
+        return info.smallest_normal * info.eps, info.max
+    low, high = (int(byte) for byte in scale.view(torch.uint8).aminmax())
+    return 2.0 ** (low - 127), 2.0 ** (high - 127)

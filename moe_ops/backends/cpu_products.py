@@ -1,13 +1,16 @@
 """Products of a few experts with their rows on the CPU, by the route that is fastest.
 
     int8    codes are bytes, x is int8 or bf16: torch's product with int8 weights, or exact sums of int8 products
-    half    a result in bf16, scales of rows, up to 3 rows: torch's product with a vector of halves is fast
+    nibbles a result in bf16, integers of 4 bits in groups, a few rows: torch's product with those (cpu_nibbles.py)
+    half    a result in bf16, up to 3 rows, scales of rows or of groups that half holds: torch's product with a vector
+            of halves is fast
     bf16    a result in bf16, and more than a few rows: bf16 holds the decoded block and x exactly
     fp32    whatever else; x takes the scales of tiles, blocks of the matrix those of groups
 
-torch rounds products of halves and of bf16 before they meet their scales. A result in bf16 bears that: its error is
-1.0 and 1.4 times the reference's. Where it is made into codes it does not, for those that turn over cost more than the
-rounding: fp32 then, or bf16 twice, the second time with the first subtracted inside, and the sum is as good as fp32.
+torch rounds products of halves, of bf16 and of packed integers before they meet their scales or each other. A result in
+bf16 bears that: its error is 1.0, 1.4 and 1.5 times the reference's. Where it is made into codes it does not, for those
+that turn over cost more than the rounding: fp32 then, or bf16 twice, the second time with the first subtracted inside,
+and the sum is as good as fp32.
 
 R rows of a run of experts, M of one expert, N output channels, K contraction, G groups of K, P planes (cpu_decode.py).
 """
@@ -16,18 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import cpu_nibbles
 from .cpu_activations import Taken
 from .cpu_matrix import Matrix
 
 # Up to how many rows of an expert a route is the fastest (two cores of an EPYC with AVX-512 and VNNI).
-_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS = 3, 3, 24, 8, 3
+_HALF_ROWS, _BYTES_ROWS, _DIGITS_ROWS, _SPLIT_ROWS, _FP32_ROWS, _NIBBLE_ROWS = 3, 3, 24, 8, 3, 8
 _RUN_ROWS, _RUN_EXPERTS = 64, 8
 
 
@@ -90,11 +94,20 @@ class Product:
         self.twice = twice  # if so, not without making the product again
         self.tall = matrix.tall()
 
+    @cached_property
+    def nibble_rows(self) -> Tensor:
+        return cpu_nibbles.spread_rows(self.x.bf16, self.matrix.each)
+
+    @cached_property
+    def nibble_scales(self) -> Tensor:
+        """Of each expert of the run."""
+        return cpu_nibbles.spread_scales(self.matrix.scales(self.run.experts()).bfloat16(), self.matrix.each)
+
 
 def product(p: Product) -> Tensor:
     """(R, N) fp32, channels as stored."""
     y = p.x.values.new_empty(p.x.values.shape[0], p.matrix.n, dtype=torch.float32)
-    for i, e, mine in p.run:
+    for i, e, mine in p.run if p.matrix.n else ():
         _route(p, mine.stop - mine.start)(p, i, e, mine, y[mine])
     for scale in (p.matrix.channels(p.run.owners()), p.x.scale):
         if scale is not None:
@@ -107,6 +120,8 @@ def _route(p: Product, m: int) -> Callable[[Product, int, int, slice, Tensor], N
     matrix, x, plan = p.matrix, p.x, p.matrix.plan
     if plan.is_half and p.rounded and not p.twice and m <= _HALF_ROWS:
         return _half
+    if plan.is_nibbles and p.rounded and not p.twice and m <= _NIBBLE_ROWS and matrix.has_nibbles(_NIBBLE_ROWS // m):
+        return _nibbles
     bytes_ = plan.is_bytes and not matrix.k % 64  # torch's products read whole vectors of a row
     vnni = bytes_ and _has_vnni()
     if vnni and x.codes is not None:
@@ -144,13 +159,22 @@ def _digits(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
     torch.add(high, torch.add(mid, low, alpha=2.0**-7), alpha=2.0**-7, out=out).mul_(unit[mine])
 
 
+def _nibbles(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
+    x = p.nibble_rows[:, 2 * mine.start : 2 * mine.stop]
+    cpu_nibbles.multiply(x, p.matrix.codes(e), p.nibble_scales[i], out)
+
+
 def _half(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
-    rows, power = p.x.halves(p.matrix.decode.largest)
-    product = rows.new_empty(out.shape)
-    for a, b, block in p.matrix.decoded(e):
-        for j in range(out.shape[0]):
-            torch.mv(block[0], rows[mine.start + j], out=product[j, a:b])
-    torch.mul(product, power[mine], out=out)
+    by = p.matrix.half_factor(e)
+    if by is None:  # scales that are too far apart
+        return _fp32(p, i, e, mine, out)
+    rows, power = p.x.halves(64.0 if p.matrix.group else p.matrix.decode.largest)
+    for a, b, block in p.matrix.halves(e, by):
+        for j, y in enumerate(out[:, a:b].unbind()):
+            y.copy_(torch.mv(block, rows[mine.start + j]))
+    out.mul_(power[mine])
+    if p.matrix.group:
+        out.div_(by)
 
 
 def _bf16(p: Product, i: int, e: int, mine: slice, out: Tensor) -> None:
