@@ -189,18 +189,22 @@ def _compile(job: Job, configs: list[Config]) -> int:
     import moe_ops.backends.triton as backend
     import moe_ops.backends.triton_plan as plan
 
-    kernel = backend._grouped_mm_kernel
-
     class Warm:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: tuple) -> Any:
             def launch(**arguments: Any) -> None:
                 types = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in arguments.items()}
-                kernel.warmup(**types, grid=(1,))
+                in_order = [types.pop(name) for name in self.kernel.arg_names]
+                self.kernel.warmup(*in_order, grid=(1,), **types)
 
             return launch
 
     failed, arch = 0, torch.cuda.get_device_capability()[0] * 10
-    with patched(backend, _grouped_mm_kernel=Warm(), arch_of=lambda _: arch, arrange=lambda *_, **__: None):
+    names = ("_grouped_mm_kernel", "_grouped_mm_sized_kernel")
+    kernels = {name: Warm(getattr(backend, name)) for name in names}
+    with patched(backend, arch_of=lambda _: arch, arrange=lambda *_, **__: None, **kernels):
         for config in configs:
             with patched(plan, choose=lambda *_, config=config: config):
                 try:

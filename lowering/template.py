@@ -27,18 +27,24 @@ _LAID_OUT = {"stride_xm": ("x_ptr", 0), "stride_xsm": ("xs_ptr", 0), "stride_xsk
              "stride_xrm": ("xr_ptr", 0)}  # fmt: skip
 
 
+# Where a launch of the kernel is faster without them (backends/triton_plan.py, `sized`), they are kept from Triton.
+_ODD = ("stride_we", "stride_wn", "stride_wse", "stride_wsn", "up_w", "up_ws")
+
+
 def append(choices: list[Any], p: Product, config: Config, names: list[str], nodes: list[Any], layout: Any) -> None:
     """Offer the product with these tiles. `names`: what the tile calls the nodes."""
     by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
     values = p.numbers() | p.constants(config)
     strides = tuple((name, *at) for name, at in _LAID_OUT.items() if not _is_zero(values.get(name, 0)))
-    for name, *_ in strides:
+    hidden = () if p.sized(config) else tuple(name for name in _ODD if _odd(values.get(name, 0)))
+    given = tuple((name, values[name]) for name in hidden)
+    for name in (*hidden, *(name for name, *_ in strides)):
         del values[name]
     values |= {"ROW_TILES": by_row, "TYPE": p.dtype, "N": p.n, "PARTS": config.parts, "SHORT": values.get("SHORT", 0)}
     functions = tuple((f.fn.__module__, f.fn.__name__) for f in values.values() if isinstance(f, triton.JITFunction))
     as_bytes = tuple(n for n, t in p.tensors().items() if t is not None and t.dtype == torch.float8_e4m3fn)
     counted = names.index("read_ptr" if p.rows.read is not None else "x_ptr")
-    made = _template(p.transpose, tuple(names), strides, functions, () if p.plan.native else as_bytes)
+    made = _template(p.transpose, tuple(names), strides, given, functions, () if p.plan.native else as_bytes)
     error = made.maybe_append_choice(
         choices, input_nodes=nodes, layout=layout, num_stages=config.stages, num_warps=config.warps,
         call_sizes=[nodes[counted].get_size()[0]], OFFSETS=p.rows.offsets is not None,
@@ -50,6 +56,11 @@ def append(choices: list[Any], p: Product, config: Config, names: list[str], nod
 
 def _is_zero(size: Any) -> bool:
     return isinstance(size, int) and not size
+
+
+def _odd(size: Any) -> bool:
+    """What a launch would not tell Triton of: that is, no multiple of 16."""
+    return isinstance(size, int) and size % 16 != 0 and size > 1
 
 
 def _literal(value: Any) -> Any:
@@ -67,7 +78,7 @@ def _grid(num_rows: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, 
 
 
 @cache
-def _template(transpose: bool, names: tuple, strides: tuple, functions: tuple, as_bytes: tuple) -> Any:
+def _template(transpose: bool, names: tuple, strides: tuple, hidden: tuple, functions: tuple, as_bytes: tuple) -> Any:
     tile = transposed_tile if transpose else product_tile
     result = "acc, to, n, in_m" if transpose else "acc, acc_up, to, n, in_m"
     given = {n: "None" for n in tile.arg_names if n.endswith("_ptr") and n not in names} | {"tile_k": "tile_n"}
@@ -77,7 +88,10 @@ def _template(transpose: bool, names: tuple, strides: tuple, functions: tuple, a
     counted = "read_ptr" if "read_ptr" in names else "x_ptr"
     text = _TEXT.format(
         imports="\n".join(lines), names=", ".join(f'"{name}"' for name in names), counted=counted,
-        strides="\n    ".join(f'{name} = {{{{stride("{t}", {dim})}}}}' for name, t, dim in strides) or "pass",
+        strides="\n    ".join(
+            [f'{name} = {{{{stride("{t}", {dim})}}}}' for name, t, dim in strides]
+            + [f"{name} = {value} + tl.program_id(2)  # which is 0" for name, value in hidden]
+        ),
         casts="\n    ".join(f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in as_bytes),
         offsets="offsets_ptr" if "offsets_ptr" in names else "None",
         write="tl.load(write_ptr + m, mask=in_m, other=0)" if "write_ptr" in names else "m",

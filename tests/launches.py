@@ -104,7 +104,7 @@ def record(case, pick=None) -> list:
     owners = {
         arrange_kernels: ("_arrange_kernel",),
         parts_kernels: ("_add_kernel",),
-        backend: ("_grouped_mm_kernel", "_grouped_mm_transposed_kernel"),
+        backend: ("_grouped_mm_kernel", "_grouped_mm_sized_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
     }

@@ -20,7 +20,7 @@ from ..kernels.activation import ACTIVATIONS
 from ..kernels.arrange import CHUNK, arrange
 from ..kernels.configs import Config
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
-from ..kernels.grouped_mm import _grouped_mm_kernel, launch_grid
+from ..kernels.grouped_mm import _grouped_mm_kernel, _grouped_mm_sized_kernel, launch_grid
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
 from ..kernels.parts import add
 from ..kernels.scales import RULES
@@ -119,7 +119,8 @@ def launch(p: Product, config: Config) -> Tensor:
         **p.numbers(), **p.constants(config),
     }  # fmt: skip
     arguments |= {name: None if t is None else _bytes(t, p.plan.native) for name, t in p.tensors().items()}
-    kernel = _grouped_mm_transposed_kernel if p.transpose else _grouped_mm_kernel
+    forward = _grouped_mm_sized_kernel if p.sized(config) else _grouped_mm_kernel
+    kernel = _grouped_mm_transposed_kernel if p.transpose else forward
     kernel[launch_grid(num_m, p.n, config.block_n, config.parts)](**arguments)
     return out
 

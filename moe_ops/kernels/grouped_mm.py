@@ -4,6 +4,10 @@ M rows (sorted by expert), N output channels, K contraction, E experts. A progra
 no table of tiles is prepared, and any BLOCK_M serves any routing. Rows that no expert owns are written as 0.
 """
 
+from functools import update_wrapper
+from types import FunctionType
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -172,6 +176,23 @@ def _grouped_mm_kernel(
             store_tile(out_ptr, acc, to, n, in_m, N, stride_om, SWAP)
             if PARTS > 1 and GATED:  # the activation is applied to the sum
                 store_tile(out_ptr + N, acc_up, to, n, in_m, N, stride_om, SWAP)
+
+
+def sized(kernel: Any) -> Any:
+    """The kernel with sizes and strides compiled in, but for the number of rows: another of it for every weight."""
+    if not isinstance(kernel, triton.JITFunction):  # interpreted
+        return kernel
+    fn = kernel.fn
+    copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy = update_wrapper(copy, fn)
+    constant = [name for name in kernel.arg_names if name in _SIZES or name.startswith(("stride_", "up_"))]
+    copy.__annotations__ = fn.__annotations__ | dict.fromkeys(constant, tl.constexpr)
+    del copy.__wrapped__  # type: ignore[attr-defined]
+    return triton.jit(copy)
+
+
+_SIZES = ("E", "N", "K", "shard_rows", "top_k")
+_grouped_mm_sized_kernel = sized(_grouped_mm_kernel)
 
 
 def row_tiles(num_rows: int, num_experts: int, block_m: int, has_offsets: bool) -> tuple[int, bool]:
