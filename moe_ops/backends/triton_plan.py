@@ -195,7 +195,7 @@ class Product:
     def sized(self, config: Config) -> bool:
         """Whether sizes and strides are worth compiling in.
 
-        On an H200 products of mxfp4 take 0.81 to 0.93 of the time with them at 512 tokens and more, those of int4 0.85
+        On an H200 products of e2m1 take 0.81 to 0.93 of the time with them at 512 tokens and more, those of int4 0.85
         to 0.99; fp8 in blocks 1.1 to 1.5, for its tallest tiles spill then; the others the same. Few rows and a K that
         is no multiple of 128 lose by it too: scales are then read two at a time, through shared memory.
         """
