@@ -88,7 +88,7 @@ def _matrix_scale(x: Tensor, rows: Rows, codec: Codec) -> Tensor:
         used = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
         used = used.scatter_reduce(0, (rows.read // rows.top_k).long(), owned.int(), "amax") > 0
     amax = x.float().abs().masked_fill(~used[:, None], 0.0)
-    return codec.scale_rule(amax.amax() if amax.numel() else amax.new_zeros(()), codec.element)
+    return codec.scale_rule(amax.amax(-1).amax() if amax.numel() else amax.new_zeros(()), codec.element)
 
 
 def _weigh_input(x: Tensor, order: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
