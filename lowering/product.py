@@ -89,7 +89,9 @@ def lower(*boxes: Any, **options: Any) -> Any:
     fakes = _compat.fake_tensors()
     p = product(fakes, options)
     present = [position for position, box in enumerate(boxes) if box is not None]
-    names = [next(name for name, t in p.tensors().items() if t is fakes[position]) for position in present]
+    names: list[str] = []
+    for position in present:  # one tensor may be two of them, to read and to write by
+        names.append(next(n for n, t in p.tensors().items() if t is fakes[position] and n not in names))
     nodes = _compat.realize([boxes[position] for position in present])
     layout = _compat.layout(nodes[0], _fake(*fakes, **options))
     choices: list[Any] = []
