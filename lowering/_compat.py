@@ -135,6 +135,13 @@ def realize(boxes: Sequence[Any]) -> list[Any]:
     return [found] if len(boxes) == 1 else list(found)
 
 
+def laid_out(fake: Tensor, node: Any) -> Tensor:
+    """The fake tensor with the strides that the compiler gives it: what was expanded may have been copied."""
+    strides = node.get_stride()
+    known = all(getattr(s, "is_Integer", isinstance(s, int)) for s in strides)
+    return fake.new_empty_strided(fake.shape, [int(s) for s in strides]) if known else fake
+
+
 def layout(box: Any, like: torch.Tensor) -> Any:
     """Contiguous, of the fake tensor's size and type."""
     from torch._inductor.ir import FixedLayout, FlexibleLayout
