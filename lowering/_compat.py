@@ -101,6 +101,13 @@ def derived(x: Tensor) -> dict:
     return _DERIVED.setdefault(mode.tracer, {}).setdefault(node, {})
 
 
+def is_unbacked(t: Tensor) -> bool:
+    """Whether a size of t comes out of the graph itself: it has no hint, and nothing can be asked of it."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(t))
+
+
 def hint(size: Any) -> int:
     """What a size is, or was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint)

@@ -168,7 +168,7 @@ def decoded(codes: Tensor, codec: Codec) -> Tensor:
 
 
 def _quantize_op(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    if not opens(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend):
+    if not opens(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend, x):
         return NotImplemented
     found, lead = FORMATS.codec(codec), x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])  # (M, K)
