@@ -165,6 +165,8 @@ class Parts:
     ) -> Tensor | Sums:  # fmt: skip
         """`grouped_mm`, whose parts, if it was made in some, are added by whatever reads it."""
         x, k = operand.data, fmt.weight.columns(weight.qdata.shape[2])
+        if weight.bias is not None:
+            weight = replace(weight, bias=weight.bias.contiguous())
         arch = arch_of(x.device)
         plan = plan_of(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
         if transpose:
