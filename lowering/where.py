@@ -30,7 +30,7 @@ def opens(problem: Problem, backend: str, *rows: Tensor) -> bool:
 
 
 def _has_types(problem: Problem) -> bool:
-    """Whether generated code can name what is stored: where Triton has no e4m3 our kernels read bytes, Inductor fails."""
+    """Whether generated code can name what is stored. Where Triton has no e4m3, our kernels alone read it, as bytes."""
     from moe_ops.backends.triton_plan import has_fp8  # here, for this loads Triton
 
     types = [t for codec in codecs_of(problem) for t in (codec.element.storage, codec.scale_dtype)]
