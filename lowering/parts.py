@@ -89,6 +89,7 @@ class Parts(triton.Parts):
 
     @staticmethod
     def launch(p: Product, config: Config) -> Tensor:
+        triton.check_words(p, p.w.qdata.storage_offset())  # in bytes; memory itself begins at a multiple
         tensors, options = product.arguments(p, config)
         return torch.ops.moe_ops._product(*tensors, **options)
 
