@@ -170,3 +170,25 @@ def test_scales_wider_than_the_codec_s_own_are_not_rounded(dtype):
     x, scale = torch.randn(1, K).bfloat16(), (q.scale.float() * 1.003).to(dtype)
     got, want = (OPS.linear(x, q.qdata, scale, format="int4_g32", backend=name) for name in ("auto", "reference"))
     assert (got - want).norm() < 2e-3 * want.norm()
+
+
+def test_packed_weights_that_are_not_words():
+    """Compiled code has no address to look at: it would read past it, or stop the whole process."""
+    bad = lambda x, w, scale: OPS.linear(x, w[2 : 2 + N * K // 2].view(N, K // 2), scale, format="mxfp4")  # noqa: E731
+    with fake_gpu(90), pytest.raises(ValueError, match="multiple of 4 bytes"):
+        make = lambda: [empty(8, K), empty(N * K, dtype=torch.uint8), weight("mxfp4", experts=1)[1][0]]  # noqa: E731
+        generated(bad, make)
+
+
+@pytest.mark.kernels
+def test_packed_rows_that_are_not_words():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide, scale = torch.zeros(N, K // 2 + 1, dtype=torch.uint8, device=device), torch.ones(N, K // 32, device=device)
+    x = torch.ones(3, K, device=device, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="multiple of 4 bytes"):
+        OPS.linear(x, wide[:, :-1], scale.to(torch.float8_e8m0fnu), format="mxfp4", backend="triton")
+
+
+def test_traces_refuse_the_scales_that_calls_refuse():
+    with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match="take no static scale"):
+        OPS.quantize(torch.empty(4, K), torch.ones(()), FORMATS["mxfp8"].activation.name)
