@@ -84,8 +84,9 @@ class Parts(triton.Parts):
 
     @staticmethod
     def combine(rows: Tensor | triton.Sums, top_k: int) -> Tensor:
-        return routing.combine(rows.parts, top_k, rows.dtype) if isinstance(rows, triton.Sums) else routing.combine(
-            rows, top_k)  # fmt: skip
+        if isinstance(rows, triton.Sums):
+            return routing.combine(rows.parts, top_k, rows.dtype)
+        return routing.combine(rows, top_k)
 
     @staticmethod
     def launch(p: Product, config: Config) -> Tensor:
