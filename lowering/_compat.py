@@ -101,6 +101,13 @@ def derived(x: Tensor) -> dict:
     return _DERIVED.setdefault(mode.tracer, {}).setdefault(node, {})
 
 
+def is_unbacked(t: Tensor) -> bool:
+    """Whether a size of t comes out of the graph itself: it has no hint, and nothing can be asked of it."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(t))
+
+
 def hint(size: Any) -> int:
     """What a size is, or was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint)
@@ -133,6 +140,13 @@ def realize(boxes: Sequence[Any]) -> list[Any]:
 
     found = realize_inputs(*boxes)
     return [found] if len(boxes) == 1 else list(found)
+
+
+def laid_out(fake: Tensor, node: Any) -> Tensor:
+    """The fake tensor with the strides that the compiler gives it: what was expanded may have been copied."""
+    strides = node.get_stride()
+    known = all(getattr(s, "is_Integer", isinstance(s, int)) for s in strides)
+    return fake.new_empty_strided(fake.shape, [int(s) for s in strides]) if known else fake
 
 
 def layout(box: Any, like: torch.Tensor) -> Any:

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import SymInt, Tensor
 
 from moe_ops.backends.base import Problem, arch_of
 from moe_ops.ops import experts, grouped_mm, linear
 
 from . import parts  # noqa: F401  the backend "inductor"
 from .where import opens
+
+_WEIGHTS = ("weight", "gate_up_proj", "down_proj")  # kernels are made for their sizes: none may be a symbol
 
 
 def opened(op: Any, fn: Callable) -> Callable:
@@ -26,7 +29,9 @@ def opened(op: Any, fn: Callable) -> Callable:
         given = dict(zip(names, args, strict=False)) | kwargs
         x = args[0]
         problem = Problem("grouped_mm", x.device.type, arch_of(x.device), x.dtype, given["format"])
-        if not opens(problem, given.get("backend", "auto")):
+        tensors = [t for t in given.values() if isinstance(t, Tensor)]
+        sizes = [size for name in _WEIGHTS if name in given for size in given[name].shape]
+        if not opens(problem, given.get("backend", "auto"), *tensors) or any(isinstance(n, SymInt) for n in sizes):
             return NotImplemented
         position = names.index("backend")
         if position < len(args):

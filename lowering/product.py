@@ -36,7 +36,8 @@ _OPTIONS = (
 def arguments(p: Product, config: Config) -> tuple[list[Tensor | None], dict[str, Any]]:
     """A product as the op takes it."""
     w, gate = p.w, p.gate or Gate(activation="none", gated=False)
-    tensors = [p.x.data, p.x.along_k, p.x.each, w.qdata, w.scale, w.global_scale, w.bias, p.rows.offsets, p.rows.read,
+    bias = None if p.transpose else w.bias  # a gradient goes past it
+    tensors = [p.x.data, p.x.along_k, p.x.each, w.qdata, w.scale, w.global_scale, bias, p.rows.offsets, p.rows.read,
                p.rows.write, p.rows.weights]  # fmt: skip
     options = {
         "format": p.fmt.name, "dtype": p.dtype, "codes": p.codes, "transpose": p.transpose, "shards": w.shards,
@@ -87,12 +88,12 @@ _EAGER = _compat.extern_choice("moe_ops_product", _run_present)
 def lower(*boxes: Any, **options: Any) -> Any:
     """Inductor's lowering: the configuration of the tables, or with max_autotune the fastest of theirs and eager's."""
     fakes = _compat.fake_tensors()
-    p = product(fakes, options)
     present = [position for position, box in enumerate(boxes) if box is not None]
-    names: list[str] = []
-    for position in present:  # one tensor may be two of them, to read and to write by
-        names.append(next(n for n, t in p.tensors().items() if t is fakes[position] and n not in names))
     nodes = _compat.realize([boxes[position] for position in present])
+    for position, node in zip(present, nodes, strict=True):
+        fakes[position] = _compat.laid_out(fakes[position], node)
+    p = product(fakes, options)
+    names = [name for name, t in p.tensors().items() if t is not None]  # in the order of the op: one may be there twice
     layout = _compat.layout(nodes[0], _fake(*fakes, **options))
     choices: list[Any] = []
     configs = _configs(p, options["parts"])
@@ -122,8 +123,9 @@ def _configs(p: Product, parts: int) -> list[Config]:
 
 def _examples(p: Product, present: list[int]) -> dict[int, Callable]:
     """Tensors to time with: indices that are valid, scales that are numbers."""
-    r, e = _compat.hint(p.num_rows), p.w.qdata.shape[0]
-    indices = {"offsets": torch.arange(e + 1) * r // e, "read": torch.arange(r), "write": torch.arange(r)}
+    r, slots, e = (_compat.hint(n) for n in (p.num_rows, p.x.data.shape[0] * p.rows.top_k, p.w.qdata.shape[0]))
+    rows = torch.arange(r)
+    indices = {"offsets": torch.arange(e + 1) * r // e, "read": rows % max(slots, 1), "write": rows}
     floats = ("x_along_k", "x_each", "weight_scale", "weight_global_scale")
     examples: dict[int, Callable] = {}
     for index, name in enumerate(TENSORS[position] for position in present):

@@ -132,6 +132,7 @@ def _maximum(lanes: list[Tensor]) -> Tensor:
 
 def scale_value(stored: Tensor) -> Tensor:
     """A stored scale as fp32. Bytes are shared exponents: 2^(b - 127), 255 NaN."""
+    stored = stored.view(torch.uint8) if stored.dtype == _SHARED else stored
     if stored.dtype != torch.uint8:
         return stored.float()
     bits = torch.where(stored == 255, 0x7FC00000, (stored.int() << 23).clamp(min=0x400000))
@@ -168,7 +169,7 @@ def decoded(codes: Tensor, codec: Codec) -> Tensor:
 
 
 def _quantize_op(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    if not opens(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend):
+    if not opens(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend, x):
         return NotImplemented
     found, lead = FORMATS.codec(codec), x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])  # (M, K)

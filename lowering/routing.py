@@ -16,7 +16,7 @@ from moe_ops import routing
 from moe_ops.backends.base import Problem, arch_of
 
 from . import _compat
-from .where import opens
+from .where import kept_whole, opens
 
 FEW = 64  # tokens: up to here one graph, above it another
 
@@ -100,23 +100,23 @@ def unpermute(rows: Tensor, order: Tensor) -> Tensor:
 
 def _sort_op(topk_ids: Tensor, num_experts: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
     device = topk_ids.device
-    if not opens(Problem("sort_by_expert", device.type, arch_of(device), num_experts=num_experts), backend):
+    if not opens(Problem("sort_by_expert", device.type, arch_of(device), num_experts=num_experts), backend, topk_ids):
         return NotImplemented
     return sort_by_expert(topk_ids, num_experts)
 
 
 def _combine_op(rows: Tensor, top_k: int, backend: str = "auto") -> Tensor:
-    if not opens(Problem("combine", rows.device.type, arch_of(rows.device), rows.dtype), backend):
+    if not opens(Problem("combine", rows.device.type, arch_of(rows.device), rows.dtype), backend, rows):
         return NotImplemented
     return combine(rows, top_k)
 
 
 def _permute_op(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    return permute(x, order, top_k) if x.device.type == "cuda" else NotImplemented
+    return permute(x, order, top_k) if x.device.type == "cuda" and not kept_whole() else NotImplemented
 
 
 def _unpermute_op(rows: Tensor, order: Tensor) -> Tensor:
-    return unpermute(rows, order) if rows.device.type == "cuda" else NotImplemented
+    return unpermute(rows, order) if rows.device.type == "cuda" and not kept_whole() else NotImplemented
 
 
 DECOMPOSITIONS = {

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_ops.backends.base import arch_of
 from moe_ops.backends.triton_plan import Product
 from moe_ops.kernels.configs import Config
 from moe_ops.kernels.grouped_mm import product_tile
@@ -36,7 +37,8 @@ def append(choices: list[Any], p: Product, config: Config, names: list[str], nod
     by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
     values = p.numbers() | p.constants(config)
     strides = tuple((name, *at) for name, at in _LAID_OUT.items() if not _is_zero(values.get(name, 0)))
-    hidden = () if p.sized(config) else tuple(name for name in _ODD if _odd(values.get(name, 0)))
+    sized = p.sized(config, arch_of(p.w.qdata.device))
+    hidden = () if sized else tuple(name for name in _ODD if _odd(values.get(name, 0)))
     given = tuple((name, values[name]) for name in hidden)
     for name in (*hidden, *(name for name, *_ in strides)):
         del values[name]

@@ -112,7 +112,8 @@ class Matrix:
 
     def has_nibbles(self, products: int) -> bool:
         """Whether torch multiplies such codes as they are, by so many products at most."""
-        fits = self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each)
+        exact = _SIGNIFICAND.get(self.scale.dtype, 24) <= 8  # what is stored may be wider than the codec's own
+        fits = exact and self.whole and cpu_nibbles.fits(self.n, self.lanes, self.each)
         return fits and cpu_nibbles.unit_of(self.each) <= products * self.each and cpu_nibbles.has_kernel()
 
     def tiles(self, e: int) -> Tensor:

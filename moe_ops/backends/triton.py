@@ -106,11 +106,19 @@ def arranged(operand: Operand, codec: Codec | None, plan: Plan, k: int, dtype: t
     return out
 
 
+def check_words(p: Product, address: int | torch.SymInt) -> None:
+    """ValueError for packed weights at an address, or with rows, where words of four bytes cannot be read."""
+    if p.plan.nibbles and not p.transpose:
+        steps = [s for s, size in zip(p.w.qdata.stride()[:2], p.w.qdata.shape, strict=False) if size > 1]
+        if any(n % 4 for n in (address, *steps)):
+            raise ValueError("packed weights, and each of their rows, begin at a multiple of 4 bytes in memory, got "
+                             f"address {address} and strides {tuple(p.w.qdata.stride())}")  # fmt: skip
+
+
 def launch(p: Product, config: Config) -> Tensor:
     """The product in `config.parts` parts."""
-    address, dtype = p.w.qdata.data_ptr(), p.dtype if config.parts == 1 else torch.float32
-    if p.plan.nibbles and not p.transpose and address % 4:
-        raise ValueError(f"packed weights begin at a multiple of 4 bytes in memory, got address {address}")
+    check_words(p, p.w.qdata.data_ptr())
+    dtype = p.dtype if config.parts == 1 else torch.float32
     out = torch.empty(p.size(config.parts), dtype=dtype, device=p.w.qdata.device)
     num_m, by_row = p.row_tiles(config, p.num_rows)
     arguments = {
@@ -119,7 +127,7 @@ def launch(p: Product, config: Config) -> Tensor:
         **p.numbers(), **p.constants(config),
     }  # fmt: skip
     arguments |= {name: None if t is None else _bytes(t, p.plan.native) for name, t in p.tensors().items()}
-    forward = _grouped_mm_sized_kernel if p.sized(config) else _grouped_mm_kernel
+    forward = _grouped_mm_sized_kernel if p.sized(config, arch_of(p.w.qdata.device)) else _grouped_mm_kernel
     kernel = _grouped_mm_transposed_kernel if p.transpose else forward
     kernel[launch_grid(num_m, p.n, config.block_n, config.parts)](**arguments)
     return out
@@ -165,6 +173,8 @@ class Parts:
     ) -> Tensor | Sums:  # fmt: skip
         """`grouped_mm`, whose parts, if it was made in some, are added by whatever reads it."""
         x, k = operand.data, fmt.weight.columns(weight.qdata.shape[2])
+        if weight.bias is not None:
+            weight = replace(weight, bias=weight.bias.contiguous())
         arch = arch_of(x.device)
         plan = plan_of(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
         if transpose:

@@ -192,14 +192,15 @@ class Product:
     def configured(self, config: Config, parts: int) -> Config:
         return replace(config, parts=parts, programs=0, short=0 if self.invariant else config.short)
 
-    def sized(self, config: Config) -> bool:
+    def sized(self, config: Config, arch: int) -> bool:
         """Whether sizes and strides are worth compiling in.
 
         On an H200 products of e2m1 take 0.81 to 0.93 of the time with them at 512 tokens and more, those of int4 0.85
         to 0.99; fp8 in blocks 1.1 to 1.5, for its tallest tiles spill then; the others the same. Few rows and a K that
         is no multiple of 128 lose by it too: scales are then read two at a time, through shared memory.
         """
-        return self.plan.nibbles and not self.transpose and (self.k % CHUNK == 0 or config.block_m > 16)
+        worth = self.plan.nibbles and (self.k % CHUNK == 0 or config.block_m > 16)
+        return arch == 90 and worth and not self.transpose  # where it was measured
 
     def size(self, parts: int) -> tuple[int, ...]:
         """Of the result: (R, N), or (P, R, N) in parts, (P, R, 2N) if an activation with two inputs is still due."""

@@ -21,7 +21,7 @@ def supports(problem: Problem) -> bool | str:
         return f"has no kernels for {problem.device}"
     if problem.device == "cuda" and problem.arch < 80:
         return f"needs sm_80 or newer, this is sm_{problem.arch}"
-    codecs = _codecs(problem)
+    codecs = codecs_of(problem)
     if problem.dtype not in FLOATS and all(problem.dtype != codec.element.storage for codec in codecs):
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
     missing = [reason for codec in codecs if (reason := _missing(codec, problem.op == "quantize"))]
@@ -53,7 +53,8 @@ _RULES: dict[Any, tuple[torch.dtype, bool]] = {
 }  # fmt: skip
 
 
-def _codecs(problem: Problem) -> list[Codec]:
+def codecs_of(problem: Problem) -> list[Codec]:
+    """How the tensors of a problem are stored."""
     if problem.op == "quantize":
         return [FORMATS.codec(problem.format)]
     fmt = FORMATS[problem.format]

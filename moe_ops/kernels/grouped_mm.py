@@ -4,7 +4,6 @@ M rows (sorted by expert), N output channels, K contraction, E experts. A progra
 no table of tiles is prepared, and any BLOCK_M serves any routing. Rows that no expert owns are written as 0.
 """
 
-from functools import update_wrapper
 from types import FunctionType
 from typing import Any
 
@@ -183,11 +182,9 @@ def sized(kernel: Any) -> Any:
     if not isinstance(kernel, triton.JITFunction):  # interpreted
         return kernel
     fn = kernel.fn
-    copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    copy = update_wrapper(copy, fn)
+    copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__)
     constant = [name for name in kernel.arg_names if name in _SIZES or name.startswith(("stride_", "up_"))]
     copy.__annotations__ = fn.__annotations__ | dict.fromkeys(constant, tl.constexpr)
-    del copy.__wrapped__  # type: ignore[attr-defined]
     return triton.jit(copy)
 
 

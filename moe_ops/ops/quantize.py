@@ -12,7 +12,8 @@ from ..formats import FORMATS, Codec
 from .library import define
 
 
-def _codec(name: str, x: Tensor) -> Codec:
+def _codec(name: str, x: Tensor, scale: Tensor | None) -> Codec:
+    """The codec, once what is to be quantized, and a scale that is given, have been checked."""
     codec = FORMATS.codec(name)
     if codec.block is None:
         raise ValueError(f"codec {name!r} stores tensors as they are: there is nothing to quantize")
@@ -24,6 +25,10 @@ def _codec(name: str, x: Tensor) -> Codec:
         raise ValueError("quantize takes rows (..., K), got a single number")
     if reason := codec.check(1, x.shape[-1]):
         raise ValueError(f"x {tuple(x.shape)}: {reason}")
+    if scale is not None:
+        check_static(codec)
+        if scale.shape != (*x.shape[:-1], 1) and scale.numel() != 1:
+            raise ValueError(f"scale must be one value or {(*x.shape[:-1], 1)}, one per row; got {tuple(scale.shape)}")
     return codec
 
 
@@ -41,12 +46,8 @@ def quantize(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto")
     A scale that is given, one value for all or (..., 1), is used as it is: static quantization. For a codec with a
     global scale it is that one. Raises ValueError for shapes and static scales that the codec does not take.
     """
-    found, lead = _codec(codec, x), x.shape[:-1]
+    found, lead = _codec(codec, x, scale), x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])  # (M, K)
-    if scale is not None:
-        check_static(found)
-        if scale.numel() != 1 and scale.shape != (*lead, 1):
-            raise ValueError(f"scale must be one value or {(*lead, 1)}, one per row; got {tuple(scale.shape)}")
     impl = select(Problem("quantize", x.device.type, arch_of(x.device), x.dtype, codec), backend)
     q = impl.fn(rows, found, None if scale is None else scale.reshape(-1, 1))
     codes = q.data.view(*lead, q.data.shape[-1])
@@ -59,7 +60,7 @@ def quantize(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto")
 
 
 def _quantize_fake(x: Tensor, scale: Tensor | None, codec: str, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    found, lead, k = _codec(codec, x), x.shape[:-1], x.shape[-1]
+    found, lead, k = _codec(codec, x, scale), x.shape[:-1], x.shape[-1]
     codes = x.new_empty(*lead, found.stored(k), dtype=found.element.storage)
     whole = x.new_empty(*((*lead, 1) if found.global_scale else (0,)), dtype=torch.float32)
     if scale is not None and not found.global_scale:
