@@ -179,5 +179,5 @@ def example(values: torch.Tensor, node: Any) -> torch.Tensor:
 def ones(node: Any) -> torch.Tensor:
     from torch._inductor.virtualized import V
 
-    size = [int(V.graph.sizevars.size_hint(s)) for s in node.get_size()]
+    size = [int(V.graph.sizevars.optimization_hint(s)) for s in node.get_size()]
     return torch.ones(size, device=node.get_device()).to(node.get_dtype())
