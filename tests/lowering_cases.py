@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 from fake_gpu import _compile as compile_kernel
-from fake_gpu import empty, kernels, launches
+from fake_gpu import empty, kernels, launches, symbol
 
 from moe_ops.formats import FORMATS, empty_weight
 
@@ -80,6 +80,18 @@ def block(model, tokens, name="fp8", next_norm=False, shared=0):
         t = tokens() if callable(tokens) else tokens
         extra = [matrix(name, shared, h), matrix(name, shared, h), matrix(name, h, shared)] if shared else []
         return [empty(t, h), [empty(h), empty(h)], empty(e, h), empty(e), experts_weights(name, e, h, i, bias), extra]
+
+    return flat(fn, inputs)
+
+
+def some_experts(tokens, name="fp8", e=32, h=512, i=256, top_k=4):
+    """The op alone. `tokens`: [T] is a T that is not known, tried with that."""
+    def fn(x, ids, weights, tensors):
+        return OPS.experts(x, ids, weights, *tensors, format=name)
+
+    def inputs():
+        t = symbol(tokens[0]) if isinstance(tokens, list) else tokens
+        return [empty(t, h), empty(t, top_k, dtype=torch.int64), empty(t, top_k), experts_weights(name, e, h, i)]
 
     return flat(fn, inputs)
 

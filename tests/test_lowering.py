@@ -8,9 +8,8 @@ import re
 import expecttest
 import pytest
 import torch
-from fake_gpu import empty, extern_calls, fake_gpu, generated, kernels, launches, symbol, traced
-from lowering_cases import MODELS, OPS, VERSION, assert_they_fit, block, built_templates, experts_weights, matrix, ours
-from lowering_cases import flat
+from fake_gpu import empty, extern_calls, fake_gpu, generated, kernels, launches, traced
+from lowering_cases import MODELS, OPS, assert_they_fit, block, built_templates, flat, matrix, ours, some_experts
 from torch.nn.functional import gelu
 
 import moe_ops.lowering
@@ -141,17 +140,6 @@ def test_what_follows_a_product_in_parts_is_where_they_are_added():
 
 
 # ---- any number of tokens
-
-
-def some_experts(tokens, name="fp8", e=32, h=512, i=256, top_k=4):
-    def fn(x, ids, weights, tensors):
-        return OPS.experts(x, ids, weights, *tensors, format=name)
-
-    def inputs():
-        t = symbol(tokens[0]) if isinstance(tokens, list) else tokens
-        return [empty(t, h), empty(t, top_k, dtype=torch.int64), empty(t, top_k), experts_weights(name, e, h, i)]
-
-    return flat(fn, inputs)
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4/mxfp8"])

@@ -1,0 +1,155 @@
+"""Every format, forward and backward: all of it is generated, and the products fit into registers and shared memory."""
+
+import pytest
+import torch
+from fake_gpu import _Generated, empty, extern_calls, fake_gpu, generated, launches
+from lowering_cases import OPS, assert_they_fit, built_templates, experts_weights, flat, matrix, some_experts
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moe_ops.lowering
+from moe_ops.backends.triton_plan import group_of, plan_of
+from moe_ops.formats import FORMATS
+
+moe_ops.lowering.register()
+E, H, I, A = 128, 2048, 768, 8
+
+
+def covering(arch, *what):
+    """One format for each kind of product: the first that there is."""
+    found = {}
+    for name, fmt in FORMATS.items():
+        plan = plan_of(fmt, torch.bfloat16, fmt.activation is not None, H, arch)
+        kind = {"mma": plan.mma, "decoded": plan.decoded, "along_k": bool(group_of(fmt.weight)) and not plan.fold,
+                "scale": fmt.weight.scale_dtype, "codec": fmt.activation is not None}  # fmt: skip
+        found.setdefault(tuple(kind[w] for w in what), name)
+    return list(found.values())
+
+
+FORWARD = [(90, 8, name) for name in FORMATS]
+FORWARD += [(90, 2048, name) for name in covering(90, "mma", "decoded", "along_k")]
+FORWARD += [(100, tokens, name) for tokens in (8, 2048) for name in covering(100, "mma")]
+
+
+def kept_whole(arch, tokens, name):
+    """The one product that Inductor calls instead of generating it: of the tallest tiles with three accumulators, of
+    which the generated kernel spills (lowering/product.py, _spills)."""
+    fmt = FORMATS[name]
+    blocks = fmt.weight.element.bits == 8 and group_of(fmt.weight) == 128
+    return arch == 90 and tokens == 2048 and blocks
+
+
+@pytest.mark.parametrize("arch,tokens,name", FORWARD)
+def test_experts(arch, tokens, name):
+    with fake_gpu(arch):
+        source = generated(*some_experts(tokens, name, E, H, I, A))
+        built = built_templates(source)
+    of_ours = [call for call in extern_calls(source) if "moe_ops" in call]
+    whole = kept_whole(arch, tokens, name)
+    assert of_ours == ["torch.ops.moe_ops._product.default"] * whole  # which is up's: it alone has a gate
+    assert sum("_tem_" in kernel for kernel in launches(source)) == 2 - whole
+    assert_they_fit(built)
+
+
+# ---- backward
+
+
+def experts_backward(name, tokens=64, e=32, h=512, i=256, top_k=4):
+    def fn(grad, x, ids, weights, tensors):
+        return OPS.experts_backward(grad, x, ids, weights, *tensors, *[None] * 2, [True] * 4, format=name)
+
+    return flat(fn, lambda: [empty(tokens, h), empty(tokens, h), empty(tokens, top_k, dtype=torch.int64),
+                             empty(tokens, top_k), experts_weights(name, e, h, i, bias=True)])  # fmt: skip
+
+
+def kinds(source):
+    return [kernel.split("_")[1] for kernel in launches(source)]
+
+
+@pytest.mark.parametrize("arch,name", [(90, name) for name in FORMATS] + [(100, n) for n in covering(100, "mma")])
+def test_experts_backward(arch, name):
+    """Up again, down again for the router's weights, and both products back; nothing but sums over rows is ATen's."""
+    with fake_gpu(arch):
+        source = generated(*experts_backward(name))
+        built = built_templates(source) if name in covering(arch, "mma", "decoded") else None
+    assert not any("moe_ops" in call for call in extern_calls(source))
+    assert kinds(source).count("tem") == 4
+    assert launches(source)[0].startswith("_sort") or "_sort_kernel_0" in launches(source)
+    if built is not None:
+        assert_they_fit(built)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_backward(name):
+    """One product, and what makes its order of columns."""
+    n, k = 768, 512
+
+    def fn(grad, weights):
+        return OPS.linear_backward(grad, *weights, None, format=name)
+
+    with fake_gpu(90):
+        source = generated(*flat(fn, lambda: [empty(16, n), matrix(name, n, k)]))
+        assert_they_fit(built_templates(source))
+    assert not extern_calls(source) and kinds(source) == ["tem"]
+
+
+# ---- a whole training step
+
+
+def training_step(fn, make_inputs):
+    """Code of the forward and of the backward graph that AOTAutograd makes of fn(*inputs), a loss."""
+    sources = []
+
+    def stop(graph, *args, **kwargs):
+        code = graph.codegen()
+        raise _Generated(getattr(code[0], "value", code[0]))
+
+    def compiler(graph, inputs):
+        try:
+            compile_fx_inner(graph, inputs)
+        except _Generated as code:
+            sources.append(code.args[0])
+        return make_boxed_func(graph.forward)
+
+    settings = torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1)
+    with pytest.MonkeyPatch.context() as patch, settings, FakeTensorMode(allow_non_fake_inputs=True):
+        patch.setattr(GraphLowering, "_compile_to_module", stop)
+        inputs = make_inputs()
+        compiled = aot_function(fn, compiler, compiler, min_cut_rematerialization_partition, select_decomp_table())
+        compiled(*inputs).backward()
+    assert len(sources) == 2 and all(t.grad is not None for t in inputs if t.requires_grad)
+    return sources
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_a_training_step(arch, name):
+    """Frozen quantized experts between a trained router and a trained projection."""
+    e, h, i, top_k, t = 32, 512, 256, 4, 64
+
+    def loss(x, router, projection, up_bias, down_bias, *tensors):
+        given = iter(tensors)
+        weights = [next(given) if there else None for there in present]
+        hidden = x @ projection
+        chosen, ids = torch.topk(torch.softmax((hidden @ router.T).float(), -1), top_k, -1)
+        return (x + OPS.experts(hidden, ids, chosen.to(x.dtype), *weights[:8], up_bias, down_bias, format=name)).sum()
+
+    present = []
+
+    def inputs():
+        weights = experts_weights(name, e, h, i)
+        present[:] = [w is not None for w in weights]
+        trained = [empty(t, h), empty(e, h), empty(h, h), empty(e, 2 * i), empty(e, h)]
+        return [p.requires_grad_() for p in trained] + [w for w in weights if w is not None]
+
+    with fake_gpu(arch):
+        forward, backward = training_step(loss, inputs)
+        for source in (forward, backward):
+            assert_they_fit(built_templates(source))
+    for source in (forward, backward):
+        assert not any("moe_ops" in call for call in extern_calls(source))
+    assert kinds(forward).count("tem") == 2 and kinds(backward).count("tem") >= 4
