@@ -36,7 +36,8 @@ _OPTIONS = (
 def arguments(p: Product, config: Config) -> tuple[list[Tensor | None], dict[str, Any]]:
     """A product as the op takes it."""
     w, gate = p.w, p.gate or Gate(activation="none", gated=False)
-    tensors = [p.x.data, p.x.along_k, p.x.each, w.qdata, w.scale, w.global_scale, w.bias, p.rows.offsets, p.rows.read,
+    bias = None if p.transpose else w.bias
+    tensors = [p.x.data, p.x.along_k, p.x.each, w.qdata, w.scale, w.global_scale, bias, p.rows.offsets, p.rows.read,
                p.rows.write, p.rows.weights]  # fmt: skip
     options = {
         "format": p.fmt.name, "dtype": p.dtype, "codes": p.codes, "transpose": p.transpose, "shards": w.shards,
