@@ -20,6 +20,7 @@ from moe_ops.backends.base import Operand
 from moe_ops.backends.triton_plan import Plan, Product, group_of
 from moe_ops.backends.triton_supports import supports
 from moe_ops.formats import Codec
+from moe_ops.formats.packing import unpack
 from moe_ops.kernels.arrange import CHUNK
 from moe_ops.kernels.configs import Config
 
@@ -61,7 +62,7 @@ def arranged(operand: Operand, codec: Codec | None, plan: Plan, k: int, dtype: t
     elif isinstance(operand, Fresh) and operand.source is not None:
         values = rounded(operand.source, codec, operand.given, dtype).data
     else:
-        values = decoded(x, codec)
+        values = decoded(unpack(x, codec.element.bits) if codec.packed else x, codec)
         if operand.scale is not None:
             values = values * scale_value(operand.scale).repeat_interleave(group_of(codec), -1)[:, :k]
     return in_nibbles(values.to(dtype)) if plan.nibbles else values.to(dtype)

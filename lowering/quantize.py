@@ -132,6 +132,8 @@ def _maximum(lanes: list[Tensor]) -> Tensor:
 
 def scale_value(stored: Tensor) -> Tensor:
     """A stored scale as fp32. Bytes are shared exponents: 2^(b - 127), 255 NaN."""
+    if stored.dtype == _SHARED:
+        stored = stored.view(torch.uint8)
     if stored.dtype != torch.uint8:
         return stored.float()
     bits = torch.where(stored == 255, 0x7FC00000, (stored.int() << 23).clamp(min=0x400000))
