@@ -12,7 +12,6 @@ import torch
 import torch.compiler.config
 from torch import SymInt, Tensor
 
-
 # What the functions below import. A name that is missing is better found before ops are opened than when they compile.
 _NAMES = {
     "torch._higher_order_ops.triton_kernel_wrap": ("kernel_side_table", "triton_kernel_wrapper_functional"),

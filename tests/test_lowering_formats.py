@@ -13,7 +13,7 @@ from moe_ops.backends.triton_plan import group_of, plan_of
 from moe_ops.formats import FORMATS
 
 moe_ops.lowering.register()
-E, H, I, A = 128, 2048, 768, 8
+E, H, WIDTH, A = 128, 2048, 768, 8
 
 
 def covering(arch, *what):
@@ -48,7 +48,7 @@ def kept_whole(arch, tokens, name):
     for case in FORWARD])
 def test_experts(arch, tokens, name):
     with fake_gpu(arch):
-        source = generated(*some_experts(tokens, name, E, H, I, A))
+        source = generated(*some_experts(tokens, name, E, H, WIDTH, A))
         built = built_templates(source)
     of_ours = [call for call in extern_calls(source) if "moe_ops" in call]
     whole = kept_whole(arch, tokens, name)

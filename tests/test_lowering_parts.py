@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import CUDA, DEVICE, DTYPE, FACTORS, OPS, gradients, product_case, tile, there, varied
+from kernel_cases import CUDA, DEVICE, DTYPE, FACTORS, OPS, gradients, product_case, there, tile, varied
 from oracle import Layer, assert_as_good, fit, inputs, takes_static
 from oracle import experts as definition
 

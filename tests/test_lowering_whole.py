@@ -32,8 +32,8 @@ moe_ops.lowering.register()
 def test_on_a_cpu_the_op_is_called(name, inside):
     """Through Inductor, and run: the op, and nothing of ours beside it; the values of eager, to the bit."""
     layer = Layer(name, 4, 64, 32, dtype=torch.bfloat16, bias=True)
-    module = moe_ops.QuantizedExperts.from_float(
-        layer.floats[0][0], layer.floats[1][0], name, gate_up_bias=layer.up_bias, down_bias=layer.down_bias)  # fmt: skip
+    biases = {"gate_up_bias": layer.up_bias, "down_bias": layer.down_bias}
+    module = moe_ops.QuantizedExperts.from_float(layer.floats[0][0], layer.floats[1][0], name, **biases)
     x, ids, weights = inputs(5, 64, 2, 4, torch.bfloat16)
     torch._dynamo.reset()
     with torch.no_grad(), INSIDE[inside](), fresh_cache():
@@ -109,8 +109,8 @@ assert {{str(op): fn for op, fn in decomposition.decompositions.items()}} == fir
 print(*sorted(tables()[0]))
 """
     (opened,) = run(code)
-    names = {"experts", "experts_backward", "grouped_mm", "grouped_mm_backward", "linear", "linear_backward", "quantize",
-             "sort_by_expert", "combine", "permute", "unpermute"}  # fmt: skip
+    names = {"experts", "experts_backward", "grouped_mm", "grouped_mm_backward", "linear", "linear_backward",
+             "quantize", "sort_by_expert", "combine", "permute", "unpermute"}  # fmt: skip
     assert set(opened.split()) == {f"moe_ops.{name}.default" for name in names}
 
 
@@ -119,7 +119,7 @@ def private_names():
     tree = ast.parse(Path(_compat.__file__).read_text())
     found = {(node.module, alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
              for alias in node.names}  # fmt: skip
-    return sorted((module, name) for module, name in found if module.startswith(("torch._inductor", "torch._higher", "torch.fx")))
+    return sorted(pair for pair in found if pair[0].startswith(("torch._inductor", "torch._higher", "torch.fx")))
 
 
 def test_a_torch_that_lacks_a_name():
