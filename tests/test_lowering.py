@@ -7,7 +7,6 @@ import re
 
 import expecttest
 import pytest
-import torch
 from fake_gpu import empty, extern_calls, fake_gpu, generated, kernels, launches, traced
 from lowering_cases import MODELS, OPS, assert_they_fit, block, built_templates, flat, matrix, ours, some_experts
 from torch.nn.functional import gelu
