@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_gpu import empty, extern_calls, fake_gpu, generated, launches
-from lowering_cases import OPS, assert_they_fit, built_templates, experts_weights, flat, matrix, some_experts
+from lowering_cases import OPS, VERSION, assert_they_fit, built_templates, experts_weights, flat, matrix, some_experts
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,7 +44,7 @@ def kept_whole(arch, tokens, name):
 
 
 @pytest.mark.parametrize("arch,tokens,name", [
-    pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=SPILLS[case])) if case in SPILLS else case
+    pytest.param(*case, marks=pytest.mark.xfail(strict=VERSION == (2, 13), reason=SPILLS[case])) if case in SPILLS else case
     for case in FORWARD])
 def test_experts(arch, tokens, name):
     with fake_gpu(arch):
