@@ -32,6 +32,7 @@ def _open() -> None:
     if importlib.util.find_spec("triton") is None:  # no GPU that generated code could run on
         return
     try:
+        _compat.check()
         from . import decompositions, divide, product, quantize, routing
 
         for lowerings in (product.LOWERINGS, divide.LOWERINGS):

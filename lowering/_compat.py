@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +11,27 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.compiler.config
 from torch import SymInt, Tensor
+
+# What the functions below import. A name that is missing is better found before ops are opened than when they compile.
+_NAMES = {
+    "torch._higher_order_ops.triton_kernel_wrap": ("kernel_side_table", "triton_kernel_wrapper_functional"),
+    "torch._inductor": ("config", "decomposition", "lowering"),
+    "torch._inductor.ir": ("FixedLayout", "FlexibleLayout"),
+    "torch._inductor.lowering": (
+        "broadcast_tensors", "fallback_handler", "lowerings", "make_fallback", "make_pointwise", "register_lowering"),
+    "torch._inductor.select_algorithm": (
+        "ExternKernelChoice", "SymbolicGridFn", "TritonTemplate", "autotune_select_algorithm", "realize_inputs"),
+    "torch._inductor.virtualized": ("V", "ops"),
+    "torch.fx.experimental.proxy_tensor": ("get_proxy_mode", "get_proxy_slot"),
+}  # fmt: skip
+
+
+def check() -> None:
+    """AttributeError or ImportError for a name that this torch lacks."""
+    for module, names in _NAMES.items():
+        found = importlib.import_module(module)
+        for name in names:
+            getattr(found, name)
 
 
 def get_cache_key_tag() -> str:
@@ -193,5 +215,5 @@ def example(values: torch.Tensor, node: Any) -> torch.Tensor:
 def ones(node: Any) -> torch.Tensor:
     from torch._inductor.virtualized import V
 
-    size = [int(V.graph.sizevars.size_hint(s)) for s in node.get_size()]
+    size = [int(V.graph.sizevars.optimization_hint(s)) for s in node.get_size()]
     return torch.ones(size, device=node.get_device()).to(node.get_dtype())

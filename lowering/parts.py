@@ -74,8 +74,11 @@ class Parts(triton.Parts):
     arranged = staticmethod(arranged)
 
     @staticmethod
-    def expected(num_rows: int) -> int:
-        return _compat.hint(num_rows)
+    def expected(p: Product) -> int:
+        """Few rows and many are two graphs; those of experts are when their tokens are sorted."""
+        if p.rows.offsets is None:
+            routing.few(p.num_rows)
+        return _compat.hint(p.num_rows)
 
     @staticmethod
     def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:

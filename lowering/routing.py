@@ -21,9 +21,9 @@ from .where import kept_whole, opens
 FEW = 64  # tokens: up to here one graph, above it another
 
 
-def few_tokens(topk_ids: Tensor) -> bool:
+def few(tokens: int | SymInt) -> bool:
     """Whether T <= 64: the only thing that is assumed of a symbolic T."""
-    return bool(topk_ids.shape[0] <= FEW)
+    return bool(tokens <= FEW)
 
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     if isinstance(r, int) and not r:
         return ids.new_empty(0, dtype=torch.int32), ids.new_zeros(num_experts + 1, dtype=torch.int32)
     symbolic = isinstance(topk_ids.shape[0], SymInt)
-    if few_tokens(topk_ids) if symbolic else r <= kernels._ONE_KERNEL_ROWS:
+    if few(topk_ids.shape[0]) if symbolic else r <= kernels._ONE_KERNEL_ROWS:
         most = FEW * topk_ids.shape[1] if symbolic else r
         return _one_launch(kernels, ids, num_experts, min(max(_power_of_2(most), 128), 1024))
     return _three_launches(kernels, ids, num_experts)

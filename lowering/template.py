@@ -6,6 +6,7 @@ The text is made from the signature of the tile (moe_ops/kernels/grouped_mm.py):
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -71,6 +72,8 @@ def _literal(value: Any) -> Any:
         return value.fn.__name__
     if isinstance(value, str):
         return repr(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return _TYPES.get(value, value) if isinstance(value, tl.dtype | torch.dtype) else value
 
 

@@ -151,9 +151,9 @@ class Parts:
     launch = staticmethod(launch)
 
     @staticmethod
-    def expected(num_rows: int) -> int:
+    def expected(p: Product) -> int:
         """How many rows a configuration is chosen for."""
-        return num_rows
+        return p.num_rows
 
     @classmethod
     def grouped_mm(
@@ -188,7 +188,7 @@ class Parts:
         p = Product(prepared, weight, rows, gate, fmt, plan, out_dtype, codes, transpose, batch_invariant)
         if not p.num_rows * p.n:
             return torch.empty(p.num_rows, p.n, dtype=out_dtype, device=x.device)
-        config = p.config(arch, cls.expected(p.num_rows))
+        config = p.config(arch, cls.expected(p))
         out = cls.launch(p, config)
         return out if config.parts == 1 else cls.added(out, out_dtype, gate)
 

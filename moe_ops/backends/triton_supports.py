@@ -24,6 +24,8 @@ def supports(problem: Problem) -> bool | str:
     codecs = codecs_of(problem)
     if problem.dtype not in FLOATS and all(problem.dtype != codec.element.storage for codec in codecs):
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
+    if problem.n * problem.k >= 1 << 31:
+        return f"addresses 2^31 numbers of a matrix, not {problem.n} x {problem.k}"
     missing = [reason for codec in codecs if (reason := _missing(codec, problem.op == "quantize"))]
     return "; ".join(missing) if missing else True
 
