@@ -23,6 +23,7 @@ _NAMES = {
         "ExternKernelChoice", "SymbolicGridFn", "TritonTemplate", "autotune_select_algorithm", "realize_inputs"),
     "torch._inductor.virtualized": ("V", "ops"),
     "torch.fx.experimental.proxy_tensor": ("get_proxy_mode", "get_proxy_slot"),
+    "torch.fx.experimental.symbolic_shapes": ("free_unbacked_symbols",),
 }  # fmt: skip
 
 

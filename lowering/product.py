@@ -109,8 +109,8 @@ def lower(*boxes: Any, **options: Any) -> Any:
 def _wants_arguments(p: Product, config: Config) -> bool:
     """Tall tiles whose sums leave the tensor core every step fill the registers. In generated code sizes are constants,
     and what the compiler makes of them takes more: 1.05 to 1.5 times the time on an H200. For the eager kernel sizes
-    are arguments."""
-    return p.kind.promoted and config.block_m * config.block_n >= 128 * 128
+    are arguments. A linear's product stays in generated code, for what follows it."""
+    return p.rows.offsets is not None and p.kind.promoted and config.block_m * config.block_n >= 128 * 128
 
 
 def _configs(p: Product, parts: int) -> list[Config]:
