@@ -78,8 +78,9 @@ def _batch(index: int, first: int, given: Any, encoder: bool, vocabulary: int | 
                          " token of a sequence, padding, and labels of -100 do not count")  # fmt: skip
     if vocabulary is not None and not bool(((targets >= 0) & (targets < vocabulary))[counted].all()):
         raise ValueError(f"batch {index} has labels outside 0 to {vocabulary - 1} that are not {IGNORED}")
-    kept = {k: v for k, v in inputs.items() if k != "labels" or encoder}
-    return Batch(index, first, kept if isinstance(given, Mapping) else given, ids, mask, targets, counted, int(not encoder))
+    if isinstance(given, Mapping):
+        given = {k: v for k, v in given.items() if k != "labels" or encoder}
+    return Batch(index, first, given, ids, mask, targets, counted, 0 if encoder else 1)
 
 
 def _mask(index: int, ids: Tensor, mask: Any) -> Tensor | None:

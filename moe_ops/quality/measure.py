@@ -42,7 +42,7 @@ def compare(
     Raises ValueError for no batches, batches without tokens, of other shapes or with unknown token ids (in a list:
     before anything runs), different vocabularies or experts, and logits that are not finite.
     """
-    reference, model = (m._modules.get("_orig_mod", m) if isinstance(m, nn.Module) else m for m in (reference, model))
+    reference, model = _eager(reference), _eager(model)
     _check_arguments(reference, model, num_bytes, worst)
     layers, tokens, read = LayerSums(reference, model), TokenSums(worst), 0
     config = getattr(model, "config", None)
@@ -66,6 +66,10 @@ def compare(
     )  # fmt: skip
 
 
+def _eager(model: Any) -> Any:
+    return model._modules.get("_orig_mod", model) if isinstance(model, nn.Module) else model
+
+
 def _check_arguments(reference: Any, model: Any, num_bytes: int | None, worst: int) -> None:
     if not callable(reference):
         raise ValueError(f"the reference must be a model or a function, got {type(reference).__name__}")
@@ -81,7 +85,7 @@ def _check_arguments(reference: Any, model: Any, num_bytes: int | None, worst: i
 
 
 def _vocabulary(model: Any) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None
@@ -90,15 +94,14 @@ def _vocabulary(model: Any) -> int | None:
 def _logits(model: Any, batch: Batch, which: str) -> Tensor:
     """(B, S, V)"""
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-    place = {} if device is None else {"device": device}
     if isinstance(batch.given, Tensor):
-        out = model(batch.given.to(**place))
+        out = model(batch.given.to(device))  # None: where it is
     else:
-        out = model(**{k: v.to(**place) if isinstance(v, Tensor) else v for k, v in batch.given.items()})
+        out = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.given.items()})
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, dict) else getattr(out, "logits", None)
-    if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != (batch.targets.shape[0],
-                                                                        batch.targets.shape[1] + batch.shift):  # fmt: skip
+    rows, positions = batch.targets.shape
+    if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != (rows, positions + batch.shift):
         got = tuple(out.shape) if isinstance(out, Tensor) else "none"
         raise ValueError(f"the {which} must give logits (B, S, V) of a language model; in batch {batch.index} with"
                          f" input_ids {tuple(batch.ids.shape)} it gave {got}")  # fmt: skip
@@ -109,7 +112,8 @@ def _size(model: Any) -> int | None:
     """Bytes of parameters and buffers, each once."""
     if not isinstance(model, nn.Module):
         return None
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _with_progress(found: Iterator[Batch], batches: Iterable[Any], show: bool | None) -> Iterable[Batch]:

@@ -12,15 +12,20 @@ from .report import Comparison, LayerQuality
 _COLOURS = ("#2f6db5", "#d9772b", "#3d9455", "#b8405e", "#7a5bb0", "#8a6d3b", "#2a9d9d", "#666666")
 
 
-def images(comparison: Comparison) -> dict[str, bytes]:
-    """{name: PNG} of the plots that there is data for. Raises ImportError without matplotlib."""
+def figure_class() -> Any:
+    """Raises ImportError without matplotlib, and says how to get it."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no state, no window
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'quantized-moe-ops[plots]'") from None
-    made = {}
+    return Figure
+
+
+def images(comparison: Comparison) -> dict[str, bytes]:
+    """{name: PNG} of the plots that there is data for. Raises ImportError without matplotlib."""
+    made, new_figure = {}, figure_class()
     for name, draw in PLOTS.items():
-        figure = Figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+        figure = new_figure(figsize=(7.5, 4.2), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         if not draw(axes, comparison):
             continue

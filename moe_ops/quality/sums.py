@@ -37,13 +37,13 @@ class TokenSums:
         rows, positions = batch.counted.nonzero(as_tuple=True)  # (N,) each
         step = max(1, _CHUNK // (8 * model.shape[-1]))
         for r, p in zip(rows.split(step), positions.split(step), strict=True):
-            both = []
+            both: list[Tensor] = []
             for which, logits in (("reference", reference), ("model", model)):
                 chosen = logits[r.to(logits.device), p.to(logits.device)].to(model.device)  # (N, V)
                 _check_finite(chosen, which, batch, r, p)
                 # KL of good formats is small beside the logs that it is a difference of; mps has no float64
                 both.append(chosen.to(torch.float32 if model.device.type == "mps" else torch.float64))
-            self._add(batch, *both, r, p)
+            self._add(batch, both[0], both[1], r, p)
 
     def quantile(self, q: float) -> float:
         """Of KL, as numpy's method "inverted_cdf" has it, within 0.55 %."""

@@ -67,7 +67,8 @@ class Tap:
         if self.routing is None:
             return self.module.forward(*given)
         if isinstance(self.module, QuantizedExperts):
-            return self.module.routed(*given, on_input=self.routing.on_input)
+            x, ids, weights = given
+            return self.module.routed(x, ids, weights, on_input=self.routing.on_input)
         return (_dense if self.spec.call == "dense" else _one_by_one)(self, *given)
 
     def _positional(self, args: Arguments, kwargs: dict[str, Any]) -> Arguments:
