@@ -1,4 +1,4 @@
-"""python -m moe_ops compare: a local checkpoint against its own copies in several formats, or quantized ones on disk."""
+"""python -m moe_ops compare: a local checkpoint against copies of it in several formats, or quantized ones on disk."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def run(args: argparse.Namespace) -> Comparison:
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no such folder")
     words = text.read_text(args.text, args.bytes)
+    if args.quiet or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     reference, tokenizer = _load(args.model, device)
     windows, num_bytes = text.cut(words, tokenizer, args.window)

@@ -28,7 +28,7 @@ def compare(
     """What the model loses against the reference, on the same batches. Both run in eval mode, one after the other.
 
     reference: a model, which may be on another device; or a function that is called as one and gives logits (then
-        nothing is known of layers). A compiled model is measured by what was compiled, eagerly.
+        nothing is known of layers; batches are given to it as they are). A compiled model is measured by what was compiled, eagerly.
     batches: token ids (B, S), or dicts of what a Hugging Face model takes: input_ids, and maybe attention_mask (padding
         does not count), labels (-100 does not count) and more. Any iterable; only sums are kept.
     num_bytes: of the text that is in the batches; for bits per byte = bits per token * tokens / bytes.

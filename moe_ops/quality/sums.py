@@ -52,11 +52,12 @@ class TokenSums:
         return 0.0 if bin == 0 else math.inf if bin == _BINS - 1 else 2.0 ** ((bin - 0.5) / _FINE + _OCTAVES[0])
 
     def histogram(self) -> tuple[tuple[float, int], ...]:
-        """(upper edge in nats, tokens) of the bins that are not empty, four to an octave; the first edge is 2^-40."""
+        """(upper edge in nats, tokens) of bins, four to an octave, from the first to the last that is not empty."""
         inner = self.counts[1:-1].view(-1, _FINE // _COARSE).sum(1).tolist()
         edges = [2.0 ** (_OCTAVES[0] + n / _COARSE) for n in range(len(inner) + 1)]
         counts = [int(self.counts[0]), *inner[:-1], inner[-1] + int(self.counts[-1])]
-        return tuple((edge, n) for edge, n in zip(edges, counts, strict=True) if n)
+        filled = [n for n, count in enumerate(counts) if count]
+        return tuple(zip(edges, counts, strict=True))[filled[0] : filled[-1] + 1]
 
     def _add(self, batch: Batch, reference: Tensor, model: Tensor, rows: Tensor, positions: Tensor) -> None:
         targets = batch.targets[rows, positions].to(model.device)  # (N,)

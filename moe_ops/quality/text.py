@@ -55,7 +55,7 @@ def read_text(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def load_float(path: str | Path, device: Any = None) -> tuple[nn.Module, Bytes | Tokenizer]:
-    """A language model in eval mode, in the checkpoint's dtype, and its tokenizer. Raises ValueError for a bad folder."""
+    """A language model in eval mode, in the dtype of its files, and its tokenizer. Raises ValueError for bad ones."""
     if not Path(path, "config.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no config.json")
     from transformers import AutoConfig, AutoModelForCausalLM
