@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -54,7 +55,10 @@ class Lm(nn.Module):
 
 
 def items():
-    return toy.ListBlock(returns="tensor")
+    block = toy.ListBlock(returns="tensor")
+    for expert in block.experts:
+        expert.w2.weight.data *= 30  # or it would be little beside the residual stream
+    return block
 
 
 def routed(block, x):
@@ -66,7 +70,8 @@ def routed(block, x):
 
 
 def ids(rows=6, length=9, seed=0):
-    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """No token twice: two of them would tie."""
+    return torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[: rows * length].view(rows, length)
 
 
 @pytest.fixture(scope="module", params=[None, items], ids=["called", "run by their block"])
@@ -215,7 +220,7 @@ def test_padding_and_labels_that_do_not_count(pair, report):
     for name in ("tokens", "tokens_read", "loss", "kl", "top1_agreement", "bits_per_byte"):
         assert getattr(got, name) == pytest.approx(getattr(report, name), rel=1e-5), name
     for row, want in zip(got.rows, report.rows, strict=True):
-        assert row.as_dict() == pytest.approx(want.as_dict(), rel=1e-4)
+        assert dataclasses.astuple(row)[1:] == pytest.approx(dataclasses.astuple(want)[1:], rel=1e-4)
     labels = torch.where(torch.arange(9) < 5, -100, ids())
     got = compare(*pair, [{"input_ids": ids(), "labels": labels}])
     q = log_softmax(logits(pair[1], ids())[:, 4:-1])
@@ -380,7 +385,9 @@ class Head(nn.Module):
     def forward(self, input_ids):
         inputs = tiny.inputs(self.inner) | {"input_ids": input_ids}
         inputs |= {"decoder_input_ids": input_ids} if "decoder_input_ids" in inputs else {}
-        return tiny.run(self.inner, **inputs).float()
+        out = tiny.run(self.inner, **inputs).float()
+        g = torch.Generator().manual_seed(0)
+        return out if out.shape[-1] >= 100 else out @ torch.randn(out.shape[-1], 100, generator=g)
 
 
 @pytest.mark.swap
@@ -391,10 +398,7 @@ def test_families(name):
     model = Head(tiny.build(name))
     if "pixel_values" in tiny.inputs(model.inner):
         pytest.skip("not a language model")
-    try:
-        quantized = moe_ops.quantize_(copy.deepcopy(model), {"experts": "int8"})
-    except moe_ops.quantize.__globals__["ValueError"]:
-        raise
+    quantized = moe_ops.quantize_(copy.deepcopy(model), {"experts": "int8"})
     floats = moe_ops.dequantize_(copy.deepcopy(quantized))
     tokens = tiny.inputs(model.inner)["input_ids"]
     names = [r.name for r in moe_ops.summary(quantized).rows if r.kind == "experts"]
@@ -407,12 +411,6 @@ def test_families(name):
             assert row.flips is None if sorted_rows else row.flips <= bound * 2
         if reference is model:
             assert min(row.error for row in report.rows) > 1e-5 and report.kl > 0
-    spoilt = report_of_spoilt_routes(model, tokens)
-    assert all(flips is None or flips >= 0 for flips in spoilt)
-
-
-def report_of_spoilt_routes(model, tokens):
-    return [row.flips for row in compare(model, model, [tokens]).rows]
 
 
 CALLS = {
@@ -498,13 +496,15 @@ def test_combine(pair, report, tmp_path):
     lines = str(both).splitlines()
     assert [line.split()[0] for line in lines] == ["format", "reference", "mxfp4", "as"]
     assert f"{report.bits_per_byte / report.reference_bits_per_byte - 1:+.2%}" in lines[2] and "inf dB" in lines[3]
-    assert [p.stem for p in both.plot(tmp_path)][0] == "size_and_quality"
+    assert both.plot(tmp_path)[0].stem == "size_and_quality"
     with pytest.raises(ValueError, match="no reports"):
         combine({})
     with pytest.raises(ValueError, match="b was measured on 8 tokens of None bytes, a on 48 of 100"):
         combine({"a": report, "b": compare(*pair, [ids(1)])})
     with pytest.raises(ValueError, match="b was measured against a reference with loss"):
-        combine({"a": report, "b": compare(pair[1], pair[1], list(ids().split(4)), num_bytes=100)})
+        other = copy.deepcopy(pair[0])
+        other.lm_head.weight.data *= 1.1
+        combine({"a": report, "b": compare(other, other, list(ids().split(4)), num_bytes=100)})
 
 
 def test_without_matplotlib(report, tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ def compare(
 ) -> QualityReport:  # fmt: skip
     """What the model loses against the reference, on the same batches. Both run in eval mode, one after the other.
 
-    reference: a model, which may be on another device; or a function that is called as one and gives logits (then
-        nothing is known of layers; batches are given to it as they are). A compiled model is measured by what was compiled, eagerly.
+    reference: a model, which may be on another device; or a function that is called as one, with batches as they are,
+        and gives logits: then nothing is known of layers. Of a compiled model, what was compiled is run, eagerly.
     batches: token ids (B, S), or dicts of what a Hugging Face model takes: input_ids, and maybe attention_mask (padding
         does not count), labels (-100 does not count) and more. Any iterable; only sums are kept.
     num_bytes: of the text that is in the batches; for bits per byte = bits per token * tokens / bytes.
@@ -105,6 +105,9 @@ def _logits(model: Any, batch: Batch, which: str) -> Tensor:
         got = tuple(out.shape) if isinstance(out, Tensor) else "none"
         raise ValueError(f"the {which} must give logits (B, S, V) of a language model; in batch {batch.index} with"
                          f" input_ids {tuple(batch.ids.shape)} it gave {got}")  # fmt: skip
+    largest = int(batch.targets[batch.counted].max())
+    if largest >= out.shape[-1]:
+        raise ValueError(f"batch {batch.index} has token id {largest}, the {which} gives {out.shape[-1]} logits")
     return out
 
 
