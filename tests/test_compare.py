@@ -22,6 +22,7 @@ from moe_ops.__main__ import main
 from moe_ops.quality import combine
 from moe_ops.quality.sums import TokenSums
 from moe_ops.quality.taps import CHOSEN, find_taps
+from moe_ops.quality.text import Bytes, cut
 
 LAYERS = ["layers.0.mlp.experts", "layers.1.mlp.experts", "layers.2.mlp.experts"]
 
@@ -43,7 +44,7 @@ class Lm(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Embedding(vocab, toy.HIDDEN)
         self.layers = nn.ModuleList(Layer(make()) for _ in range(layers))
-        self.lm_head = nn.Linear(toy.HIDDEN, vocab, bias=False)
+        self.lm_head, self.dropout = nn.Linear(toy.HIDDEN, vocab, bias=False), nn.Dropout(0.5)
         self.runs = 0
 
     def forward(self, input_ids, attention_mask=None):
@@ -51,7 +52,7 @@ class Lm(nn.Module):
         x = self.embed(input_ids.flatten())
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(x).view(*input_ids.shape, -1)
+        return self.lm_head(self.dropout(x)).view(*input_ids.shape, -1)
 
 
 def items():
@@ -265,7 +266,8 @@ def test_models_are_left_as_they_were():
     reference, model = Lm().train(), Lm()
     model.layers[1].train()
     modes = [[m.training for m in each.modules()] for each in (reference, model)]
-    compare(reference, torch.compile(model, backend="eager"), [ids()])
+    report = compare(reference, torch.compile(model, backend="eager"), [ids()])
+    assert report.kl == 0 and [row.name for row in report.rows] == LAYERS  # without dropout, and by their own names
     model.lm_head.weight.data[3] = math.nan
     with pytest.raises(ValueError, match=r"logits of the model are not finite in batch 1 .*row 0, position 0; 16 of"):
         compare(reference, model, Second(model, ids(2)))
@@ -352,6 +354,25 @@ def test_bad_models():
     assert model.runs == runs
     with pytest.raises(ValueError, match=r"must give logits \(B, S, V\) .* it gave \(18, 128\)"):
         compare(lambda x: model(x).flatten(0, 1), model, [ids(2)])
+
+
+def test_infinite_logits():
+    model = Lm(layers=1)
+    logits = model(ids(2)).detach().index_fill(-1, torch.tensor(3), math.inf)
+    with pytest.raises(ValueError, match="logits of the reference are not finite in batch 0 .*row 0, position 0; 16 of"):
+        compare(lambda x: logits, model, [ids(2)])
+
+
+def test_the_residual_stream_leaves_the_outermost_layer():
+    class Nested(Layer):
+        def __init__(self):
+            super().__init__(None)
+            self.parts = nn.ModuleList([toy.Block(toy.ToyExperts())])
+
+    model = nn.Sequential()
+    model.layers = nn.ModuleList([Nested()])
+    (tap,) = find_taps(model)[0].values()
+    assert (tap.name, tap.layer) == ("layers.0.parts.0.experts", "layers.0")
 
 
 def test_without_experts():
@@ -463,6 +484,11 @@ def test_trained_model():
     assert 0 < 2 * fp8.kl < mxfp4.kl and fp8.top1_agreement > mxfp4.top1_agreement > 0.9
     for a, b in zip(fp8.rows, mxfp4.rows, strict=True):
         assert a.snr_db > b.snr_db + 6 > 20 and a.stream_snr_db > b.stream_snr_db and 0 < a.flips < b.flips < 0.5
+
+
+def test_windows_are_the_start_of_the_text():
+    windows, num_bytes = cut(b"\0\1\2\3\4\5\6", Bytes(), 3)
+    assert (windows.tolist(), num_bytes) == ([[0, 1, 2], [3, 4, 5]], 6)
 
 
 # ---- tables, pages, the command
