@@ -389,6 +389,15 @@ def test_layers_of_one_model_only():
     assert report.notes == (f"{LAYERS[2]}: experts in only one of the two models",) and LAYERS[2] in str(report)
 
 
+def test_experts_that_are_not_called():
+    """By a block that computes with their weights, say: a row of nothing, and a note."""
+    model = Lm(layers=1)
+    model.layers[0].mlp.forward = lambda x: x
+    report = compare(model, model, [ids()])
+    assert [(row.error, row.flips) for row in report.rows] == [(None, None)]
+    assert report.notes == (f"{LAYERS[0]}: called 0 times in the reference, 0 in the model",)
+
+
 @pytest.mark.parametrize("show", [True, False])
 def test_progress(capsys, show):
     compare(Lm(layers=1), Lm(layers=1), [ids(1), ids(1)], progress=show)
@@ -434,6 +443,25 @@ def test_families(name):
             assert row.flips is None if sorted_rows else row.flips <= bound * 2
         if reference is model:
             assert min(row.error for row in report.rows) > 1e-5 and report.kl > 0
+
+
+@pytest.mark.swap
+@pytest.mark.parametrize("name", ["qwen3_moe", "nllb_moe"])
+@torch.no_grad()
+def test_loss_is_transformers(name):
+    """With and without an encoder: labels are shifted as the model's own loss has it."""
+    model, tokens = tiny.build(name), tiny.inputs(tiny.build(name))["input_ids"]
+    labels = torch.where(torch.arange(8) == 3, -100, tokens)
+    report = compare(model, model, [{"input_ids": tokens, "labels": labels}])
+    config = model.config
+    logits = model(input_ids=tokens, labels=labels).logits
+    shift = 0 if config.is_encoder_decoder else 1
+    want = nn.functional.cross_entropy(logits[:, : 8 - shift].flatten(0, 1), labels[:, shift:].flatten())
+    assert report.loss == pytest.approx(float(want), rel=1e-5) and report.tokens == 2 * (7 - shift)
+    assert all((row.error, row.stream_error, row.flips) == (0, 0, 0) for row in report.rows) and report.rows
+    if config.is_encoder_decoder:
+        with pytest.raises(ValueError, match="a model with an encoder needs labels"):
+            compare(model, model, [tokens])
 
 
 CALLS = {

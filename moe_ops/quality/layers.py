@@ -48,6 +48,7 @@ class _Sums:
     experts: Error = field(default_factory=Error)
     tokens: int = 0
     flipped: int = 0
+    calls: list[int] = field(default_factory=lambda: [0, 0])  # in the reference, in the model
 
 
 class LayerSums:
@@ -68,6 +69,8 @@ class LayerSums:
         self.names = [name for name in self.taps if name in self.peers]
         for name in self.names:
             _check_alike(self.taps[name], self.peers[name])
+            if (self.taps[name].routing is None) != (self.peers[name].routing is None):
+                self.notes.append(f"{name}: run by its block in only one of the two models: no error on the same input")
         layers = {tap.layer: self.peers[n].layer for n, tap in self.taps.items() if n in self.peers}
         self._modules = [dict(m.named_modules()) if isinstance(m, nn.Module) else {} for m in (reference, model)]
         self._layers = [layer for layer, other in layers.items() if layer is not None and layer == other]
@@ -86,6 +89,7 @@ class LayerSums:
             tap, peer = self.taps[name], self.peers[name]
 
             def call(given: Arguments, out: Tensor | None) -> None:
+                self.sums[name].calls[0] += 1
                 self._chosen[name].append(tap.chosen(given))
                 if (tap.routing is None) == (peer.routing is None):
                     self.sums[name].experts.add(tap.run(given) if out is None else out, peer.run(given), mask)
@@ -103,6 +107,7 @@ class LayerSums:
 
         def see(name: str) -> Callable[[Arguments, Tensor | None], None]:
             def call(given: Arguments, out: Tensor | None) -> None:
+                self.sums[name].calls[1] += 1
                 earlier, mine = self._chosen[name], self.peers[name].chosen(given)
                 theirs = earlier.pop(0) if earlier else None
                 if mine is not None and theirs is not None and mine.shape == theirs.shape:
@@ -120,15 +125,18 @@ class LayerSums:
         with _removed([h for n in self.names for h in self.peers[n].on_call(see(n))] + self._watched(1, arrived)):
             yield
 
-    def report(self) -> tuple[LayerQuality, ...]:
-        rows = []
+    def report(self) -> tuple[tuple[LayerQuality, ...], tuple[str, ...]]:
+        """A row for each experts module, and notes on what could not be measured."""
+        rows, notes = [], list(self.notes)
         for name, sums in self.sums.items():
+            if sums.calls[0] != sums.calls[1] or not sums.calls[0]:
+                notes.append(f"{name}: called {sums.calls[0]} times in the reference, {sums.calls[1]} in the model")
             stream = self.streams.get(self.taps[name].layer or "")
             rows.append(LayerQuality(
                 name=name, error=sums.experts.relative, stream_error=stream.relative if stream else None,
                 flips=sums.flipped / sums.tokens if sums.tokens else None,
             ))  # fmt: skip
-        return tuple(rows)
+        return tuple(rows), tuple(notes)
 
     def _watched(self, which: int, see: Callable[[str, Tensor], None]) -> list[Any]:
         """Hooks on decoder layers."""

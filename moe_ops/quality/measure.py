@@ -58,11 +58,12 @@ def compare(
                 raise ValueError(f"logits of the reference are {tuple(want.shape)}, of the model {tuple(got.shape)}")
             tokens.add(batch, want, got)
             read += batch.tokens
+    rows, notes = layers.report()
     return QualityReport(
         tokens=tokens.tokens, tokens_read=read, num_bytes=num_bytes, reference_loss=tokens.reference_nats /
         tokens.tokens, loss=tokens.nats / tokens.tokens, kl=tokens.kl / tokens.tokens, kl_p99=tokens.quantile(0.99),
         top1_agreement=tokens.agreed / tokens.tokens, reference_size=_size(reference), size=_size(model),
-        rows=layers.report(), worst=tuple(tokens.worst), kl_histogram=tokens.histogram(), notes=tuple(layers.notes),
+        rows=rows, worst=tuple(tokens.worst), kl_histogram=tokens.histogram(), notes=notes,
     )  # fmt: skip
 
 
