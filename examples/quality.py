@@ -9,11 +9,12 @@ Change is against bf16, which is not quantized; bytes are those of the modules t
 import argparse
 from copy import deepcopy
 
-from quickstart import add_options, bits_per_byte, cut, fail, model_and_text
+from quickstart import add_options, fail, model_and_text
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import moe_ops
+from moe_ops.quality.text import bits_per_byte
 
 FULL = "bf16"  # not quantized, in the checkpoint's own dtype: what the others are compared with
 WIDTHS = (23, 13, 8, 14)
@@ -47,8 +48,7 @@ def main() -> None:
         names = [FULL, *(moe_ops.FORMATS[name].name for name in args.formats if name != FULL)]
     except ValueError as error:
         fail(error)
-    model, tokenizer, text = model_and_text(args)
-    windows, num_bytes = cut(text, tokenizer)
+    model, _, _, windows, num_bytes = model_and_text(args)
 
     tqdm.write(line("format", "bits per byte", "change", "bytes"))
     tqdm.write("|" + "|".join("-" * (width + 2) for width in WIDTHS) + "|")

@@ -3,7 +3,7 @@
     python examples/quickstart.py                                           trains (minutes), then fp8
     python examples/quickstart.py --model PATH --format NAME --text FILE    a local checkpoint instead, without training
 
-T tokens, S tokens in a window, V vocabulary.
+B windows, S tokens in each.
 """
 
 import argparse
@@ -19,15 +19,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 import moe_ops
+from moe_ops.quality.text import WINDOW, Bytes, Tokenizer, bits_per_byte, cut, load_float, read_text  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WINDOW = 512
 HELD_OUT = 1 << 14  # bytes at the end of each training text
 STEPS = 4000
 
@@ -50,56 +49,11 @@ def corpus() -> tuple[bytes, bytes]:
     return b"".join(t[:-HELD_OUT] for t in texts), b"".join(t[-HELD_OUT:] for t in texts)
 
 
-def read_text(path: str, limit: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(limit)
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    return text if len(text) > 1 else fail(f"{path} is empty")
-
-
-class Bytes:
-    """The tokenizer of a model whose vocabulary is the 256 bytes."""
-
-    def encode(self, text: bytes) -> list[int]:
-        return list(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-
-class Tokenizer:
-    """The checkpoint's own tokenizer, from and to the same types."""
-
-    def __init__(self, path: str):
-        self.inner = AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-    def encode(self, text: bytes) -> list[int]:
-        return self.inner(text.decode(errors="replace"), add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids)
-
-
 # Model
 
 
 def load(path: str) -> tuple[nn.Module, Bytes | Tokenizer]:
-    if not Path(path, "config.json").is_file():
-        fail(f"{path} is not a checkpoint: it has no config.json")
-    try:
-        vocab = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size
-        files = list(Path(path).glob("tokenizer*"))
-        tokenizer = Bytes() if vocab == 256 and not files else Tokenizer(path)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # whatever a damaged file makes the loaders raise
-        fail(f"cannot load {path}: {type(error).__name__}: {error}")
-    if info["missing_keys"]:
-        fail(f"cannot load {path}: it lacks {sorted(info['missing_keys'])[0]}")
-    return model.to(DEVICE).eval(), tokenizer
+    return load_float(path, DEVICE)
 
 
 def train(text: bytes, seconds: float, batch: int = 2, window: int = 256, rate: float = 6e-3) -> nn.Module:
@@ -133,35 +87,20 @@ def train(text: bytes, seconds: float, batch: int = 2, window: int = 256, rate: 
     return model.eval().to(torch.bfloat16)
 
 
-def model_and_text(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokenizer, bytes]:
-    """What the options of `add_options` ask for."""
+def model_and_text(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokenizer, bytes, Tensor, int]:
+    """What the options of `add_options` ask for; last the text in windows (B, S), and the bytes that are in them."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    text = read_text(args.text, args.bytes) if args.text else corpus()[1][: args.bytes]
-    model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
-    return model, tokenizer, text
+    try:
+        text = read_text(args.text, args.bytes) if args.text else corpus()[1][: args.bytes]
+        model, tokenizer = load(args.model) if args.model else (train(corpus()[0], args.seconds), Bytes())
+        windows, num_bytes = cut(text, tokenizer)
+    except ValueError as error:
+        fail(error)
+    return model, tokenizer, text, windows, num_bytes
 
 
 # Measurements
-
-
-def cut(text: bytes, tokenizer: Bytes | Tokenizer) -> tuple[Tensor, int]:
-    """Windows (B, S), and the number of bytes that are in them."""
-    ids = tokenizer.encode(text)
-    if len(ids) < WINDOW:
-        fail(f"the text has {len(ids)} tokens; one window takes {WINDOW}")
-    windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
-    return windows, round(len(text) * windows.numel() / len(ids))
-
-
-@torch.no_grad()
-def bits_per_byte(model: nn.Module, windows: Tensor, num_bytes: int) -> float:
-    """windows (B, S): mean bits of all tokens but the first of each window, times tokens per byte."""
-    nats = 0.0
-    for ids in tqdm(windows.split(8), "held-out text", leave=False):
-        logits = model(ids.to(DEVICE)).logits[:, :-1].float()  # (B, S - 1, V)
-        nats += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(DEVICE), reduction="sum").item()
-    return nats / math.log(2) / windows[:, 1:].numel() * windows.numel() / num_bytes
 
 
 @torch.no_grad()
@@ -234,8 +173,7 @@ def main() -> None:
         name = moe_ops.FORMATS[args.format].name
     except ValueError as error:
         fail(error)
-    model, tokenizer, text = model_and_text(args)
-    windows, num_bytes = cut(text, tokenizer)
+    model, tokenizer, text, windows, num_bytes = model_and_text(args)
 
     float_name = str(model.dtype).removeprefix("torch.")
     before = measure(model, windows, num_bytes)

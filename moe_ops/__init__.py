@@ -16,19 +16,21 @@ from .summary import Summary, summary
 if TYPE_CHECKING:
     from .checkpoints.load import load_quantized
     from .huggingface import MoeOpsConfig
+    from .quality import compare
 
 __version__ = "0.1.0"
 __all__ = [
     "FORMATS", "Codec", "Element", "Format", "MoeOpsConfig", "QuantizedExperts", "QuantizedLinear", "Summary",
-    "dequantize_", "load_quantized", "quantize_", "summary", "use_backend",
+    "compare", "dequantize_", "load_quantized", "quantize_", "summary", "use_backend",
 ]  # fmt: skip
 _LISTENERS[:] = [_huggingface.attach]
 _huggingface.install()
 del _ops
 
 
-_LAZY = {"load_quantized": ".checkpoints.load"}  # name -> the module that has it, imported when it is asked for
-_MODULES = ("kv_cache", "sharding")  # imported when they are asked for: the first needs transformers
+# name -> the module that has it, imported when it is asked for
+_LAZY = {"compare": ".quality", "load_quantized": ".checkpoints.load"}
+_MODULES = ("kv_cache", "quality", "sharding")  # imported when they are asked for: the first needs transformers
 
 
 def __getattr__(name: str) -> Any:

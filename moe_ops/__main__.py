@@ -1,4 +1,4 @@
-"""python -m moe_ops convert | inspect | export: checkpoint folders, from the command line."""
+"""python -m moe_ops convert | inspect | export | compare: checkpoint folders, from the command line."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("export", help="a checkpoint of ours in the layout of compressed-tensors, for engines")
     p.add_argument("source", metavar="SRC", help="folder that save_pretrained or convert wrote")
     p.add_argument("target", metavar="DST", help="new folder")
+
+    p = commands.add_parser("compare", help="what formats cost a model: loss, KL, routing and layers, on a text")
+    p.add_argument("model", metavar="MODEL", help="folder of a float checkpoint of a language model")
+    p.add_argument("--formats", default="fp8", metavar="NAME,...",
+                   help="formats, or folders of quantized models, with commas between (default fp8)")
+    p.add_argument("--text", required=True, metavar="FILE", help="text to measure on")
+    p.add_argument("--bytes", type=int, default=1 << 17, metavar="N", help="how much of it (default %(default)s)")
+    p.add_argument("--window", type=int, default=512, metavar="N", help="tokens that are read together (%(default)s)")
+    p.add_argument("--html", metavar="OUT", help="write a page with plots, layers and the worst tokens")
+    p.add_argument("--json", metavar="OUT", help="write everything as JSON")
+    p.add_argument("--device", metavar="NAME", help="where both models run (default: cuda, where there is one)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
@@ -65,6 +77,11 @@ def _run(args: argparse.Namespace) -> int:
         from .export import export
 
         export(args.source, args.target)
+        return 0
+    if args.command == "compare":
+        from .quality.command import run
+
+        run(args)
         return 0
     from .convert import convert
 

@@ -91,7 +91,7 @@ def plan(model: nn.Module, rules: Rules, strict: bool, loaded: bool = True) -> P
     unmatched = rules.unmatched([name for p in everything for name in p.names])
     if unmatched:
         raise ValueError(f"these patterns match no module: {', '.join(map(repr, unmatched))}")
-    experts, unreadable = _experts(everything)
+    experts, unreadable = find_experts(everything)
     opened = [(p, why) for p, why in unreadable if _is_linears(p.module)]
     closed = [p for p, _ in [*experts, *unreadable] if all(p is not o for o, _ in opened)]
     inside = {id(m) for p in closed for m in p.module.modules() if m is not p.module}
@@ -120,7 +120,7 @@ def plan(model: nn.Module, rules: Rules, strict: bool, loaded: bool = True) -> P
     return found
 
 
-def _experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], list[tuple[Place, str]]]:
+def find_experts(everything: list[Place]) -> tuple[list[tuple[Place, ExpertsSpec]], list[tuple[Place, str]]]:
     """Experts modules that can be adapted, and those that cannot, with the reason."""
     good: list[tuple[Place, ExpertsSpec]] = []
     bad: list[tuple[Place, str]] = []

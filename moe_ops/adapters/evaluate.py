@@ -36,7 +36,7 @@ def error_of(spec: ExpertsSpec, module: nn.Module) -> float | None:
         want = run(spec, module, x, ids, weights)
         if not bool(torch.isfinite(want).all()) or not bool(want.any()):
             return None
-        with _evaluating(module):
+        with evaluating(module):
             return min(_compare(spec, module, args, want) for args in to_calls(spec, x, ids, weights))
 
 
@@ -71,7 +71,7 @@ def to_calls(spec: ExpertsSpec, x: Tensor, ids: Tensor, weights: Tensor) -> list
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Without dropout: what trains goes on training afterwards."""
     training = [m for m in module.modules() if m.training]
     for m in training:
