@@ -47,7 +47,8 @@ def append(choices: list[Any], p: Product, config: Config, names: list[str], nod
     functions = tuple((f.fn.__module__, f.fn.__name__) for f in values.values() if isinstance(f, triton.JITFunction))
     as_bytes = tuple(n for n, t in p.tensors().items() if t is not None and t.dtype == torch.float8_e4m3fn)
     counted = names.index("read_ptr" if p.rows.read is not None else "x_ptr")
-    made = _template(p.transpose, tuple(names), strides, given, functions, () if p.plan.native else as_bytes)
+    pieces = _pieces(config) if p.rows.offsets is None and config.parts == 1 else 1
+    made = _template(p.transpose, pieces, tuple(names), strides, given, functions, () if p.plan.native else as_bytes)
     error = made.maybe_append_choice(
         choices, input_nodes=nodes, layout=layout, num_stages=config.stages, num_warps=config.warps,
         call_sizes=[nodes[counted].get_size()[0]], OFFSETS=p.rows.offsets is not None,
@@ -55,6 +56,13 @@ def append(choices: list[Any], p: Product, config: Config, names: list[str], nod
     )  # fmt: skip
     if error is not None:
         raise error
+
+
+def _pieces(config: Config) -> int:
+    """In how many a tile is stored: what follows a linear needs registers beside those of the sums, of all that is at
+    hand at once. With pieces of a sixteenth of a thread's registers erf and a residual fit."""
+    registers = config.block_m * config.block_n // (32 * config.warps)
+    return max(registers // 16, 1) if registers >= 64 else 1
 
 
 def _is_zero(size: Any) -> bool:
@@ -83,7 +91,9 @@ def _grid(num_rows: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, 
 
 
 @cache
-def _template(transpose: bool, names: tuple, strides: tuple, hidden: tuple, functions: tuple, as_bytes: tuple) -> Any:
+def _template(
+    transpose: bool, pieces: int, names: tuple, strides: tuple, hidden: tuple, functions: tuple, as_bytes: tuple
+) -> Any:
     tile = transposed_tile if transpose else product_tile
     result = "acc, to, n, in_m" if transpose else "acc, acc_up, to, n, in_m"
     given = {n: "None" for n in tile.arg_names if n.endswith("_ptr") and n not in names} | {"tile_k": "tile_n"}
@@ -100,14 +110,41 @@ def _template(transpose: bool, names: tuple, strides: tuple, hidden: tuple, func
         casts="\n    ".join(f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in as_bytes),
         offsets="offsets_ptr" if "offsets_ptr" in names else "None",
         write="tl.load(write_ptr + m, mask=in_m, other=0)" if "write_ptr" in names else "m",
-        full=call, short=call.replace("BLOCK_M", "SHORT"), columns="K" if transpose else "N",
+        pieces=_stores(pieces), full=call, short=call.replace("BLOCK_M", "SHORT"), columns="K" if transpose else "N",
     )  # fmt: skip
     return _compat.template("moe_ops_product", text, _grid)
 
 
+def _stores(pieces: int) -> str:
+    """Of a tile, in so many pieces of its columns, or of parts of K: there the sums of up lie behind those of gate."""
+    names, lines = ["acc"], []
+    while len(names) < pieces:
+        lines += [f"{name}0, {name}1 = halves({name}, SWAP)" for name in names]
+        names = [f"{name}{half}" for name in names for half in "01"]
+    for q, name in enumerate(names):
+        lines += [
+            f"n = tile_n * BLOCK_N + {q} * (BLOCK_N // {pieces}) + tl.arange(0, BLOCK_N // {pieces})",
+            "idx_n = along_n(n.to(INDEX_DTYPE), SWAP)", "mask = along_m(in_m, SWAP) & along_n(n < N, SWAP)",
+            _STORE.format(name=name, columns=f"BLOCK_N // {pieces}"),
+        ]  # fmt: skip
+    return "\n".join(f"        {line}" for line in lines)
+
+
+_STORE = """{{% set shape = ("{columns}", rows) if SWAP else (rows, "{columns}") %}}
+{{% if PARTS == 1 %}}
+        {{{{store_output(("idx_m", "idx_n"), "{name}", "mask", indent_width=8, val_shape=shape)}}}}
+{{% else %}}
+        {{{{store_output(("part", "idx_m", "idx_n"), "{name}", "mask", indent_width=8, val_shape=shape)}}}}
+{{% if GATED %}}
+        idx_n = idx_n + N
+        {{{{store_output(("part", "idx_m", "idx_n"), "acc_up", "mask", indent_width=8, val_shape=shape)}}}}
+{{% endif %}}
+{{% endif %}}"""
+
+
 # The last rows of an expert, if few, are a tile of SHORT rows; rows that no expert owns are zeros.
 _TEXT = """
-from moe_ops.kernels.tile import along_m, along_n, find_rows, swizzle
+from moe_ops.kernels.tile import along_m, along_n, find_rows, halves, swizzle
 {imports}
 
 {{{{def_kernel({names})}}}}
@@ -122,18 +159,7 @@ from moe_ops.kernels.tile import along_m, along_n, find_rows, swizzle
         return
 {{% macro store(rows) %}}
         idx_m = along_m(to.to(INDEX_DTYPE), SWAP)
-        idx_n = along_n(n.to(INDEX_DTYPE), SWAP)
-        mask = along_m(in_m, SWAP) & along_n(n < N, SWAP)
-{{% set shape = ("BLOCK_N", rows) if SWAP else (rows, "BLOCK_N") %}}
-{{% if PARTS == 1 %}}
-        {{{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=8, val_shape=shape)}}}}
-{{% else %}}
-        {{{{store_output(("part", "idx_m", "idx_n"), "acc", "mask", indent_width=8, val_shape=shape)}}}}
-{{% if GATED %}}
-        idx_up = idx_n + N
-        {{{{store_output(("part", "idx_m", "idx_up"), "acc_up", "mask", indent_width=8, val_shape=shape)}}}}
-{{% endif %}}
-{{% endif %}}
+{pieces}
 {{% endmacro %}}
 {{% if OFFSETS %}}
     if expert >= E:

@@ -73,6 +73,17 @@ def along_n(v, SWAP: tl.constexpr):
 
 
 @triton.jit
+def halves(acc, SWAP: tl.constexpr):
+    """The left and the right half of a tile's columns; no thread gives anything to another."""
+    rows: tl.constexpr = acc.shape[0]
+    columns: tl.constexpr = acc.shape[1]
+    if SWAP:
+        return tl.split(acc.reshape(2, rows // 2, columns).permute(1, 2, 0))
+    else:
+        return tl.split(acc.reshape(rows, 2, columns // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def store_tile(out_ptr, values, to, n, in_m, N, stride_om, SWAP: tl.constexpr):
     """Rows `to` and columns n of the output. Addresses are made here, not before the main loop: they fill registers."""
     ptrs = out_ptr + along_m(to.to(tl.int64) * stride_om, SWAP) + along_n(n, SWAP)
