@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import Layer, fit, inputs, takes_static
 
+import moe_ops.lowering.divide
 import moe_ops.ops  # noqa: F401
 from moe_ops.formats import FORMATS
 
@@ -136,11 +137,16 @@ def test_routing(device):
         opcheck(OPS.combine.default, (rows, 3))
 
 
+def test_divide(device):
+    opcheck(OPS.divide.default, (torch.randn(3, 5, device=device), torch.rand(3, 1, device=device) + 0.5))
+
+
 def test_every_op_is_checked():
+    """But for the one that only generated code calls, `_product`: test_lowering_parts.py runs it."""
     checked = {"experts", "experts_backward", "grouped_mm", "grouped_mm_backward", "linear", "linear_backward",
-               "quantize", "sort_by_expert", "permute", "unpermute", "combine"}  # fmt: skip
+               "quantize", "sort_by_expert", "permute", "unpermute", "combine", "divide"}  # fmt: skip
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_ops::")}
-    assert {name.removeprefix("moe_ops::") for name in defined} == checked
+    assert {name.removeprefix("moe_ops::") for name in defined} - {"_product"} == checked
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
