@@ -7,6 +7,7 @@ The text is made from the signature of the tile (moe_ops/kernels/grouped_mm.py):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -25,37 +26,41 @@ from . import _compat
 _TYPES = {tl.bfloat16: "tl.bfloat16", tl.float16: "tl.float16", tl.float32: "tl.float32", tl.int8: "tl.int8",
           tl.uint8: "tl.uint8", tl.float8e4nv: "tl.float8e4nv", torch.bfloat16: "tl.bfloat16",
           torch.float16: "tl.float16", torch.float32: "tl.float32"}  # fmt: skip
+# What the compiler lays out itself: these strides are asked of it.
 _LAID_OUT = {"stride_xm": ("x_ptr", 0), "stride_xsm": ("xs_ptr", 0), "stride_xsk": ("xs_ptr", 1),
              "stride_xrm": ("xr_ptr", 0)}  # fmt: skip
-
-
 # Where a launch of the kernel is faster without them (backends/triton_plan.py, `sized`), they are kept from Triton.
 _ODD = ("stride_we", "stride_wn", "stride_wse", "stride_wsn", "up_w", "up_ws")
 
 
 def append(choices: list[Any], p: Product, config: Config, names: list[str], nodes: list[Any], layout: Any) -> None:
     """Offer the product with these tiles. `names`: what the tile calls the nodes."""
-    by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
     values = p.numbers() | p.constants(config)
-    strides = tuple((name, *at) for name, at in _LAID_OUT.items() if not _is_zero(values.get(name, 0)))
-    sized = p.sized(config, arch_of(p.w.qdata.device))
-    hidden = () if sized else tuple(name for name in _ODD if _odd(values.get(name, 0)))
-    given = tuple((name, values[name]) for name in hidden)
-    for name in (*hidden, *(name for name, *_ in strides)):
-        del values[name]
-    values |= {"ROW_TILES": by_row, "TYPE": p.dtype, "N": p.n, "PARTS": config.parts, "SHORT": values.get("SHORT", 0)}
+    hidden = () if p.sized(config, arch_of(p.w.qdata.device)) else [n for n in _ODD if _odd(values.get(n, 0))]
+    written = [f"{n} = {values.pop(n)} + tl.program_id(2)  # which is 0" for n in hidden]
+    for name, (tensor, dim) in _LAID_OUT.items():
+        if not _is_zero(values.get(name, 0)):
+            written.append(f'{name} = {{{{stride("{tensor}", {dim})}}}}')
+            del values[name]
+    bytes_of = [n for n, t in p.tensors().items() if t is not None and t.dtype == torch.float8_e4m3fn]
+    if not p.plan.native:
+        written += [f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in bytes_of]
     functions = tuple((f.fn.__module__, f.fn.__name__) for f in values.values() if isinstance(f, triton.JITFunction))
-    as_bytes = tuple(n for n, t in p.tensors().items() if t is not None and t.dtype == torch.float8_e4m3fn)
-    counted = names.index("read_ptr" if p.rows.read is not None else "x_ptr")
     pieces = _pieces(config) if p.rows.offsets is None and config.parts == 1 else 1
-    made = _template(p.transpose, pieces, tuple(names), strides, given, functions, () if p.plan.native else as_bytes)
-    error = made.maybe_append_choice(
+    by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
+    values |= {"ROW_TILES": by_row, "TYPE": p.dtype, "N": p.n, "PARTS": config.parts, "SHORT": values.get("SHORT", 0)}
+    error = _template(p.transpose, pieces, tuple(names), tuple(written), functions).maybe_append_choice(
         choices, input_nodes=nodes, layout=layout, num_stages=config.stages, num_warps=config.warps,
-        call_sizes=[nodes[counted].get_size()[0]], OFFSETS=p.rows.offsets is not None,
+        call_sizes=[nodes[names.index(_counted(names))].get_size()[0]], OFFSETS=p.rows.offsets is not None,
         **{name: _literal(value) for name, value in values.items()},
     )  # fmt: skip
     if error is not None:
         raise error
+
+
+def _counted(names: Sequence[str]) -> str:
+    """The tensor with one entry for each row of the product."""
+    return "read_ptr" if "read_ptr" in names else "x_ptr"
 
 
 def _pieces(config: Config) -> int:
@@ -91,26 +96,19 @@ def _grid(num_rows: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, 
 
 
 @cache
-def _template(
-    transpose: bool, pieces: int, names: tuple, strides: tuple, hidden: tuple, functions: tuple, as_bytes: tuple
-) -> Any:
+def _template(transpose: bool, pieces: int, names: tuple, written: tuple, functions: tuple) -> Any:
+    """written: lines before the tile, about its arguments; functions: (module, name) of those among its constants."""
     tile = transposed_tile if transpose else product_tile
     result = "acc, to, n, in_m" if transpose else "acc, acc_up, to, n, in_m"
     given = {n: "None" for n in tile.arg_names if n.endswith("_ptr") and n not in names} | {"tile_k": "tile_n"}
     call = f"{result} = {tile.fn.__name__}({', '.join(given.get(name, name) for name in tile.arg_names)})"
     imports = [(tile.fn.__module__, tile.fn.__name__), *functions]
-    lines = [f"from {module} import {name}" for module, name in imports]
-    counted = "read_ptr" if "read_ptr" in names else "x_ptr"
     text = _TEXT.format(
-        imports="\n".join(lines), names=", ".join(f'"{name}"' for name in names), counted=counted,
-        strides="\n    ".join(
-            [f'{name} = {{{{stride("{t}", {dim})}}}}' for name, t, dim in strides]
-            + [f"{name} = {value} + tl.program_id(2)  # which is 0" for name, value in hidden]
-        ),
-        casts="\n    ".join(f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in as_bytes),
+        imports="\n".join(f"from {module} import {name}" for module, name in imports),
+        names=", ".join(f'"{name}"' for name in names), counted=_counted(names), written="\n    ".join(written),
         offsets="offsets_ptr" if "offsets_ptr" in names else "None",
         write="tl.load(write_ptr + m, mask=in_m, other=0)" if "write_ptr" in names else "m",
-        pieces=_stores(pieces), full=call, short=call.replace("BLOCK_M", "SHORT"), columns="K" if transpose else "N",
+        stores=_stores(pieces), full=call, short=call.replace("BLOCK_M", "SHORT"),
     )  # fmt: skip
     return _compat.template("moe_ops_product", text, _grid)
 
@@ -148,8 +146,7 @@ from moe_ops.kernels.tile import along_m, along_n, find_rows, halves, swizzle
 {imports}
 
 {{{{def_kernel({names})}}}}
-    {strides}
-    {casts}
+    {written}
     num_rows = {{{{size("{counted}", 0)}}}}
     num_m = num_rows if ROW_TILES else tl.cdiv(num_rows, BLOCK_M) + (E + 1) * OFFSETS
     part = tl.program_id(1) if PARTS > 1 else None
@@ -159,12 +156,11 @@ from moe_ops.kernels.tile import along_m, along_n, find_rows, halves, swizzle
         return
 {{% macro store(rows) %}}
         idx_m = along_m(to.to(INDEX_DTYPE), SWAP)
-{pieces}
+{stores}
 {{% endmacro %}}
 {{% if OFFSETS %}}
     if expert >= E:
         m = first + tl.arange(0, BLOCK_M)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m = m < end
         to = {write}
         acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)

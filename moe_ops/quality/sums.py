@@ -66,14 +66,18 @@ class TokenSums:
         kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp(min=0)  # (N,)
         tops = reference.argmax(-1), model.argmax(-1)
         self.tokens += len(targets)
-        self.reference_nats += cross_entropy(log_p, targets, reduction="sum").item()
-        self.nats += cross_entropy(log_q, targets, reduction="sum").item()
-        self.kl += kl.sum().item()
-        self.agreed += int((tops[0] == tops[1]).sum())
+        agreed = tops[0] == tops[1]
+        losses = [cross_entropy(log, targets, reduction="sum") for log in (log_p, log_q)]
+        sums = torch.stack([*losses, kl.sum(), agreed.sum().to(kl.dtype)]).tolist()  # one wait for the device
+        self.reference_nats, self.nats, self.kl = self.reference_nats + sums[0], self.nats + sums[1], self.kl + sums[2]
+        self.agreed += int(sums[3])
         bins = ((kl.log2() - _OCTAVES[0]) * _FINE).floor().clamp(-1, _BINS - 2) + 1
         self.counts += bins.long().bincount(minlength=_BINS).cpu()
-        for n in kl.topk(min(self._keep, len(kl))).indices.tolist():
-            self._note(batch, int(rows[n]), int(positions[n]), kl[n].item(), int(tops[0][n]), int(tops[1][n]))
+        worst, found = kl.topk(min(self._keep, len(kl)))
+        where = (found.to(t.device).long() for t in (rows, positions))
+        lists = [t[at].tolist() for t, at in zip((rows, positions), where, strict=True)]
+        for row, position, *rest in zip(*lists, worst.tolist(), *(t[found].tolist() for t in tops), strict=True):
+            self._note(batch, row, position, *rest)
         self.worst = heapq.nlargest(self._keep, self.worst, key=lambda w: (w.kl, -w.sequence, -w.position))
 
     def _note(self, batch: Batch, row: int, position: int, kl: float, reference_top: int, model_top: int) -> None:
