@@ -66,8 +66,8 @@ def _counted(names: Sequence[str]) -> str:
 
 def _pieces(config: Config) -> int:
     """In how many a tile is stored: what follows a linear needs registers beside those of the sums, of all that is at
-    hand at once. With pieces of a sixteenth of a thread's registers erf and a residual fit, and on an H200 they take 0.94
-    to 0.99 of the time; sums that leave the tensor core every step take 1.06 to 1.09 of it, and stay whole."""
+    hand at once. With pieces of a sixteenth of a thread's registers erf and a residual fit, and on an H200 they take
+    0.94 to 0.99 of the time; sums that leave the tensor core every step take 1.06 to 1.09 of it, and stay whole."""
     registers = config.block_m * config.block_n // (32 * config.warps)
     return max(registers // 16, 1) if registers >= 64 else 1
 
