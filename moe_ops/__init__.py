@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import huggingface as _huggingface
 from . import ops as _ops  # registers torch.ops.moe_ops.*
+from . import peft as _peft
 from .backends import use_backend
 from .experts import QuantizedExperts
 from .formats import FORMATS, Codec, Element, Format
@@ -23,8 +24,9 @@ __all__ = [
     "FORMATS", "Codec", "Element", "Format", "MoeOpsConfig", "QuantizedExperts", "QuantizedLinear", "Summary",
     "compare", "dequantize_", "load_quantized", "quantize_", "summary", "use_backend",
 ]  # fmt: skip
-_LISTENERS[:] = [_huggingface.attach]
+_LISTENERS[:] = [_huggingface.attach, _peft.adopt]
 _huggingface.install()
+_peft.install()
 del _ops
 
 

@@ -57,6 +57,7 @@ class GroupedLinear(QuantizedExperts):
 
     def forward(self, rows: Tensor, sizes: Tensor | list[int]) -> Tensor:  # type: ignore[override]
         """rows (R, K), sizes (E,) -> (R, N)."""
+        self.check_frozen()
         counts = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes)  # a list of unbacked ones, when compiled
         offsets = nn.functional.pad(counts.to(rows.device).cumsum(0), (1, 0)).int()  # (E + 1,)
         return self._project(rows, self.spec.up, offsets)

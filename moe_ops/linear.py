@@ -54,6 +54,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in x's dtype."""
+        self.check_frozen()
         backend, invariant = resolve(self.backend)
         return torch.ops.moe_ops.linear(
             x, self.weight, self.part("weight", "scale"), self.part("weight", "global_scale"),

@@ -5,7 +5,7 @@ Each quantized weight `name` is a frozen parameter that holds codes, with its sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -77,6 +77,26 @@ class QuantizedModule(nn.Module):
         """Bytes of codes and scales."""
         stored = [self._parameters.get(n) for n in self._protected()]
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What PEFT gives its adapters, which would have the type of the codes without it."""
+        return self.float_dtype
+
+    def codes(self) -> list[str]:
+        """Names of the parameters that hold codes and scales."""
+        return [name for name, p in self._parameters.items() if p is not None and name in self._protected()]
+
+    def check_frozen(self) -> None:
+        """ValueError where codes or scales were asked for a gradient: they would never get one, without a word."""
+        if not torch.is_grad_enabled() or not self.quantization.quantized:
+            return
+        for name, p in self._parameters.items():
+            if p is not None and p.requires_grad and name in self._protected():
+                raise ValueError(
+                    f"{name} requires a gradient, and holds codes or scales of {self.format!r}: they have none. Set"
+                    " requires_grad_(False) on it, and train an adapter, what is float, or the float model"
+                )
 
     def _protected(self) -> set[str]:
         return {n for name in self.weight_names() for n in (name, *(f"{name}_{p}" for p in PARTS))}
@@ -172,6 +192,7 @@ class QuantizedModule(nn.Module):
             destination._metadata.setdefault(prefix[:-1], {})["codec"] = self.quantization.weight.name
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        state_dict = {**state_dict, **self._from_disk(state_dict, prefix)}
         mine = {n: p for n, p in self._parameters.items() if p is not None and n in self._protected()}
         wrong = [
             f"{prefix}{name} is {state_dict[prefix + name].dtype}, this module stores {p.dtype} ({self.format}): {hint}"
@@ -184,6 +205,15 @@ class QuantizedModule(nn.Module):
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+    def _from_disk(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Codes of a file that save_pretrained wrote, which Trainer loads by itself: their last extent is one."""
+        found = {prefix + name: (state_dict.get(prefix + name), self._parameters[name]) for name in self.weight_names()}
+        return {
+            key: t.squeeze(-1) for key, (t, p) in found.items()
+            if t is not None and p is not None and t.shape == (*p.shape, 1)
+        }  # fmt: skip
 
 
 def wrong_dtype(*weights: Tensor | None) -> str | None:

@@ -49,6 +49,11 @@ class QuantizedTensor:
     global_scale: Tensor | None
     codec: Codec
 
+    def expert(self, e: int) -> QuantizedTensor:
+        """One of a stack of experts (E, S*N, K), as a stack of one. Views."""
+        parts = (self.scale, self.zero_point, self.global_scale)
+        return QuantizedTensor(self.qdata[e : e + 1], *(None if t is None else t[e : e + 1] for t in parts), self.codec)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
