@@ -187,7 +187,7 @@ def _to_slots(grad_weights: Tensor, order: Tensor, topk_weights: Tensor) -> Tens
 
 def register_all(backend: str, parts: Any, supports: Callable[[Problem], bool | str]) -> None:
     """Enter a backend's parts and everything composed of them into the list of implementations."""
-    for op in ("sort_by_expert", "combine", "quantize"):
+    for op in ("sort_by_expert", "combine", "quantize", "grouped_wgrad", "quantize_weight"):
         register(Impl(backend, op, getattr(parts, op), supports))
     for fn in (grouped_mm, grouped_mm_backward, experts, experts_backward):
         register(Impl(backend, fn.__name__, partial(fn, parts), supports))
