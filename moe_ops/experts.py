@@ -29,6 +29,9 @@ class Adapter(Protocol):
     def applies(self) -> bool:
         """It adds something now."""
 
+    def only_here(self) -> str | None:
+        """Why it cannot be on the float module, None if it can."""
+
     def added(self, x: Tensor, offsets: Tensor, options: Mapping[str, Any], **rows: Any) -> Tensor:
         """Arguments as of moe_ops::grouped_mm, `options` its backend -> what is added to the product, same shape."""
 

@@ -71,7 +71,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Replace every quantized module by a float one of the original class, layout and dtype; returns the model.
 
     The weights are the values that the codes stand for, not the ones from before. Raises ValueError for a compiled
-    model, and for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to).
+    model, for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to), and for
+    adapters that PEFT cannot have on float experts.
     """
     check_not_compiled(model)
     mine = [p for p in places(model) if isinstance(p.module, QuantizedModule)]
@@ -79,6 +80,12 @@ def dequantize_(model: nn.Module) -> nn.Module:
         f"{p.name or 'the model'} was made by QuantizedExperts.from_float: it has no float class, use its .dequantize()"
         for p in mine
         if isinstance(p.module, QuantizedExperts) and p.module.original_class is None
+    ] + [
+        f"{p.name}.{name} has an adapter: {reason}; merge or unload it first"
+        for p in mine
+        if isinstance(p.module, QuantizedExperts)
+        for name, adapter in p.module.adapters.items()
+        if (reason := adapter.only_here())
     ])  # fmt: skip
     try:
         while mine:

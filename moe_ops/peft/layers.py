@@ -24,68 +24,64 @@ _INITS = (True, False, "gaussian", "eva")  # those that do not read the weight
 _SAVED = "_moe_ops_saved"
 
 
-class _OnCodes(lora.LoraLayer):
-    """merge and unmerge of an adapter on a weight of codes. The weight's name is `parameter_name`."""
+def _merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """W = quantize(dequantize(W) + s B A), in the same storage; a warning says what that cost.
 
-    parameter_name: str
-
-    def _delta(self, adapter: str) -> Any:
-        """A function e -> what an adapter adds to expert e, canonical (S*N, K) in fp32."""
-        raise NotImplementedError
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W = quantize(dequantize(W) + s B A), in the same storage; a warning says what that cost.
-
-        Values that are not finite are refused with and without `safe_merge`, and leave the codes as they were.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        base: Any = self.get_base_layer()
-        deltas = [self._delta(name) for name in names]
-        now = merge.save(base, self.parameter_name)
-        label = (self.kwargs.get("target_name") or "").removesuffix(f".{self.parameter_name}")
-        cost = merge.add_(base, self.parameter_name, lambda e: sum(d(e) for d in deltas), now, label)
-        self.__dict__.setdefault(_SAVED, now)  # of before the first, where several are merged one after another
-        self.merged_adapters.extend(names)
-        merge.tell(cost)
-
-    def unmerge(self) -> None:
-        """The codes of before the merge, bit for bit. Raises ValueError where they are not known."""
-        if not self.merged_adapters:
-            return
-        if _SAVED not in self.__dict__:
-            raise ValueError(
-                f"{', '.join(self.merged_adapters)}: merged before the weight was quantized, so that there are no codes"
-                " of before: quantize the model without the adapter, then load the adapter"
-            )
-        merge.restore(self.get_base_layer(), self.__dict__[_SAVED])
-        del self.__dict__[_SAVED]
-        self.merged_adapters.clear()
+    Values that are not finite are refused with and without `safe_merge`, and leave the codes as they were.
+    """
+    names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+    if not names:
+        return
+    base, weight = self.get_base_layer(), self.parameter_name
+    deltas = [self._delta(name) for name in names]
+    now = merge.save(base, weight)
+    label = (self.kwargs.get("target_name") or "").removesuffix(f".{weight}")
+    cost = merge.add_(base, weight, lambda e: sum(d(e) for d in deltas), now, label)
+    self.__dict__.setdefault(_SAVED, now)  # of before the first, where several are merged one after another
+    self.merged_adapters.extend(names)
+    merge.tell(cost)
 
 
-class Linear(_OnCodes, lora.Linear):
+def _unmerge(self: Any) -> None:
+    """The codes of before the merge, bit for bit. Raises ValueError where they are not known."""
+    if not self.merged_adapters:
+        return
+    if _SAVED not in self.__dict__:
+        raise ValueError(
+            f"{', '.join(self.merged_adapters)}: merged before the weight was quantized, so that there are no codes"
+            " of before: quantize the model without the adapter, then load the adapter"
+        )
+    merge.restore(self.get_base_layer(), self.__dict__[_SAVED])
+    del self.__dict__[_SAVED]
+    self.merged_adapters.clear()
+
+
+class Linear(lora.Linear):
     """y = x W^T + s (x A^T) B^T with W of codes. PEFT's layer: forward and files are its own."""
 
     parameter_name = "weight"
+    merge, unmerge = _merge, _unmerge
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         _check(config, "a quantized Linear")
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def _delta(self, adapter: str) -> Any:
+        """A function that gives what an adapter adds, (N, K)."""
         if self.lora_bias[adapter]:
             raise ValueError("lora_bias=True cannot be merged into a quantized Linear: its bias has no codes to restore")
         return lambda e: self.get_delta_weight(adapter)
 
 
-class ParamWrapper(_OnCodes, lora.ParamWrapper):
+class ParamWrapper(lora.ParamWrapper):
     """LoRA on one projection of quantized experts, per expert: y = x W^T + s (x A^T) B^T, W of codes.
 
     Shapes, names and order of A (r * E, in) and B (out, r * E) are those that PEFT gives the float model's parameter.
     Nothing of the size of W is made: rows go through A and B, in the place where they go through W. (The class has
     PEFT's name, by which PEFT finds it again.)
     """
+
+    merge, unmerge = _merge, _unmerge
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
         experts = _experts_of(base_layer)
@@ -116,7 +112,11 @@ class ParamWrapper(_OnCodes, lora.ParamWrapper):
         """What PEFT asks of the parameter (shape, type, device), without its values: (E, out, in), no storage."""
         experts = _experts_of(self)
         codes, shape = getattr(experts, self.parameter_name), experts.float_shape(self.parameter_name)
-        shape = (shape[0], shape[2], shape[1]) if _said_transposed(experts) else shape
+        if experts.spec.moved:  # the float model has no such parameter
+            _, shards, n, k = experts.layouts()[self.parameter_name]
+            shape = torch.Size((codes.shape[0], shards * n, k))
+        elif _said_transposed(experts):
+            shape = torch.Size((shape[0], shape[2], shape[1]))
         return torch.full((), torch.nan, dtype=experts.float_dtype, device=codes.device).expand(shape)
 
     def factors(self, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,9 +126,9 @@ class ParamWrapper(_OnCodes, lora.ParamWrapper):
         a, b = self.lora_A[adapter].weight.to(dtype), self.lora_B[adapter].weight.to(dtype)
         a = a.unflatten(0, (self.num_experts, -1))  # (E, r, in)
         b = b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)  # (E, out, r)
-        if spec.transposes(name) != _said_transposed(experts):  # PEFT took inputs for outputs
+        if not spec.moved and spec.transposes(name) != _said_transposed(experts):  # PEFT took inputs for outputs
             a, b = b.transpose(1, 2), a.transpose(1, 2)
-        if name == spec.up and spec.interleaved:
+        if not spec.moved and name == spec.up and spec.interleaved:
             b = deinterleave(b.transpose(1, 2)).transpose(1, 2)
         stored = getattr(experts, name).shape[0]  # the float model may have rows for experts that compute nothing
         return a[:stored].contiguous(), b[:stored].contiguous()
@@ -137,6 +137,12 @@ class ParamWrapper(_OnCodes, lora.ParamWrapper):
         if self.disable_adapters or self.merged_adapters:
             return False
         return any(name in self.lora_A for name in self.active_adapters)
+
+    def only_here(self) -> str | None:
+        if _experts_of(self).spec.moved:
+            return f"the float experts have no {self.parameter_name}"
+        dropped = [name for name, layer in self.lora_dropout.items() if isinstance(layer, nn.Dropout)]
+        return f"PEFT knows no lora_dropout on float experts ({', '.join(dropped)})" if dropped else None
 
     def added(self, x: Tensor, offsets: Tensor, options: Mapping[str, Any], *, rows_in: Tensor | None = None,
               top_k: int = 1, **rows: Any) -> Tensor:  # fmt: skip
@@ -153,6 +159,7 @@ class ParamWrapper(_OnCodes, lora.ParamWrapper):
         return total
 
     def _delta(self, adapter: str) -> Any:
+        """A function e -> what an adapter adds to expert e, canonical (S*N, K) in fp32."""
         a, b = self.factors(adapter, torch.float32)
         return lambda e: (b[e] @ a[e]) * self.scaling[adapter]
 
@@ -202,16 +209,20 @@ _TWINS: dict[Any, tuple[Any, Any]] = {
 }
 
 
-def adopt_layer(layer: nn.Module) -> None:
+def adopt_layer(layer: Any) -> None:
     """Bring the class of a LoRA layer in line with the module that it is around now."""
     for theirs, (ours, kind) in _TWINS.items():
         if type(layer) is theirs and isinstance(layer.get_base_layer(), kind):
             layer.__class__ = ours
-            if ours is ParamWrapper:
-                layer._join()
         elif type(layer) is ours and not isinstance(layer.get_base_layer(), QuantizedModule):
             layer.__dict__.pop(_SAVED, None)
             layer.__class__ = theirs
+        else:
+            continue
+        if theirs is lora.ParamWrapper:  # how it reads `get_param`
+            layer._did_swap_in_out_features = not getattr(layer.get_base_layer(), "is_transposed", False)
+        if type(layer) is ParamWrapper:
+            layer._join()
 
 
 def _experts_of(layer: Any) -> QuantizedExperts:
