@@ -1,6 +1,7 @@
 """LoRA on quantized models beside PEFT's own LoRA on the float models that their codes stand for."""
 
 import copy
+import re
 import warnings
 
 import tiny_models as tiny
@@ -10,18 +11,21 @@ import moe_ops
 from moe_ops.formats import FORMATS
 
 # One family of each structure (see tiny_models.py) whose weights have the same names when they are quantized.
-FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v4", "aria", "gpt_oss", "nemotron_h", "muse_spark", "longcat_flash", "llama4"]
+FAMILIES = [
+    "qwen3_moe", "mixtral", "deepseek_v4", "aria", "gpt_oss", "nemotron_h", "muse_spark", "longcat_flash", "llama4",
+    "jetmoe",
+]  # fmt: skip
 WEIGHT_ONLY = [name for name in (*FORMATS, "fp8/bf16", "nvfp4/bf16") if FORMATS[name].activation is None]
 
 
 def targets(model):
-    """Full names of the experts' projections, under the names that they have in the float model."""
+    """Full names of the experts' projections, which are those that they have in the float model."""
     found = []
     for name, m in model.named_modules():
-        if hasattr(m, "gate_up_proj") or (hasattr(m, "up_proj") and hasattr(m, "down_proj")):
-            found += [f"{name}.{key}" for key, p in m.named_parameters(recurse=False) if p.ndim == 3 and "proj" in key]
-    names = [key.replace(".base_layer", "") for key in found if not key.endswith(("_scale", "_bias"))]
-    return [name.removeprefix("base_model.model.") for name in names]
+        for key, p in m.named_parameters(recurse=False):
+            if p.ndim == 3 and (key == "weight" or re.fullmatch("(gate_up|up|down)_proj", key)):
+                found.append(f"{name}.{key}".replace(".base_layer", "").removeprefix("base_model.model."))
+    return found
 
 
 def config(model, **kwargs):

@@ -77,9 +77,10 @@ def _watch_trainer() -> None:
         return
     from transformers.trainer import Trainer
 
-    from .training import check
+    from .training import check, check_batch, check_loss
 
     before(Trainer, "train", lambda trainer, *args, **kwargs: check(trainer.model))
+    before(Trainer, "training_step", check_batch, check_loss)
 
 
 def config_class() -> Any:
