@@ -94,8 +94,8 @@ def _lora(found: dict[str, Any]) -> list[str]:
         for name, f in found.items()
     ]  # fmt: skip
     return [
-        f"LoRA on {', '.join(base['targets'])} ({base['trained_parameters']:,} parameters) over weights in each format,"
-        f" {len(base['bits_per_token'])} steps on another text than the model's; changes are against {FULL}.",
+        f"LoRA on {' and '.join(base['targets'])}, {base['trained_parameters']:,} parameters, over weights in each"
+        f" format, {len(base['bits_per_token'])} steps on another text than the model's; changes are against {FULL}.",
         "", *table(LORA, lines),
     ]  # fmt: skip
 
@@ -134,7 +134,7 @@ def _draw_formats(figure: Any, found: dict[str, Any]) -> None:
     figure.set_size_inches(11, 1.3 + 0.24 * len(formats))
     panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
         ("change of bits per byte, %", lambda r: 100 * (r["bits_per_byte"] / r["reference_bits_per_byte"] - 1)),
-        ("KL(reference || model), nats per token", lambda r: r["kl"] or None),
+        ("KL(bf16 || format), nats per token", lambda r: r["kl"] or None),
         ("router flips, % of tokens", lambda r: None if (f := mean_flips(r)) is None else 100 * f),
         ("MB of quantizable weights", lambda r: r["quantizable_bytes"] / 1e6),
     ]
@@ -146,12 +146,13 @@ def _draw_formats(figure: Any, found: dict[str, Any]) -> None:
         else:
             points = [(x, y) for y, x in enumerate(values) if x is not None]
             axes.scatter(*(zip(*points, strict=True) if points else ((), ())), color=COLOURS[1], s=24, zorder=3)
-        axes.set_xlabel(label, fontsize=9)
+        axes.set_xlabel(label, fontsize=8)
         axes.tick_params(labelsize=8)
     figure.axes[0].axvline(0, color="black", linewidth=0.8)
     figure.axes[1].set_xscale("log")
     figure.axes[0].set_yticks(rows, formats)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(formats) - 0.4, -0.6)
+    figure.axes[2].set_xlim(left=0)
     figure.suptitle("What each format costs the model, against bf16", fontsize=11)
 
 
@@ -236,7 +237,7 @@ def _draw_lora(figure: Any, found: dict[str, Any]) -> None:
     right.set_xlabel(f"% above LoRA on {FULL}, held-out text")
     right.set_title("after fine-tuning", fontsize=10)
     right.legend(fontsize=9, loc="lower right")
-    figure.suptitle("LoRA on attention over quantized weights, fine-tuned on another text", fontsize=11)
+    figure.suptitle("LoRA over quantized weights, fine-tuned on another text", fontsize=11)
 
 
 Drawings = dict[str, Callable[[Any, dict[str, Any]], None]]

@@ -7,7 +7,7 @@
 
 quality   the model in each format against itself in bf16, on held-out text: `moe_ops.compare`.
 training  a small model from one seed and one order of windows, in each precision (examples/train_small_moe.py).
-lora      the model with LoRA on its attention, fine-tuned on another text, over weights in each format.
+lora      the model with LoRA on its attention and experts, fine-tuned on another text, over weights in each format.
 
 FOLDER gets evidence.json, evidence.md and plots; parts that are not run again are kept from the JSON that is there.
 """
@@ -48,7 +48,7 @@ from moe_ops.quality import combine
 from moe_ops.quality.plots import figure_class
 from moe_ops.quality.text import BATCH, Bytes, Tokenizer, bits_per_byte, cut, load_float, read_text
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "experts": ["gate_up_proj", "down_proj"]}
 QUICK = {"bytes": 1 << 12, "steps": 20, "lora_steps": 10, "seconds": 20.0, "batch": 2}
 
 
@@ -133,12 +133,21 @@ def training(material: Material) -> dict[str, Any]:
 # LoRA
 
 
-def adapted(model: nn.Module, seed: int) -> nn.Module:
-    """LoRA of rank 8 on the attention of every layer; the same adapters for the same seed."""
+def adapted(model: nn.Module, parts: Sequence[str], seed: int) -> nn.Module:
+    """LoRA of rank 8 on those TARGETS of every layer: Linears, and stacks of them. Same seed, same adapters.
+
+    Raises ValueError where there are none.
+    """
     from peft import LoraConfig, get_peft_model
 
+    names = tuple(f".{name}" for part in parts for name in TARGETS[part])
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.endswith(names)]
+    stacks = [name for name, p in model.named_parameters() if p.ndim == 3 and name.endswith(names)]
+    if not linears + stacks:
+        raise ValueError(f"--lora-targets {','.join(parts)}: the model has none of {', '.join(names)}")
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION))
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=linears, target_parameters=stacks)
+    return get_peft_model(model, config)
 
 
 def finetune(
@@ -147,13 +156,14 @@ def finetune(
     """tokens (N,): what LoRA over weights in that format makes of it, and what held-out text costs before and after."""
     model = moe_ops.quantize_(deepcopy(reference), name, progress=False)
     before = measure(model)
-    model = adapted(model, args.seed)
+    model = adapted(model, args.lora_targets, args.seed)
     losses = fit(
         model, tokens, steps=args.lora_steps, batch=args.batch, rate=args.lora_rate, seed=args.seed,
         label=f"LoRA, {name}",
     )  # fmt: skip
     return {
-        "targets": ATTENTION, "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "targets": args.lora_targets,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "held_out_bits_per_byte_before": before, "held_out_bits_per_byte": measure(model.eval()),
         "bits_per_token": [loss / math.log(2) for loss in losses],
     }  # fmt: skip
@@ -193,6 +203,7 @@ def arguments() -> argparse.Namespace:
     add("--formats", type=listed, metavar="A,B", help="of the table (all of moe_ops.FORMATS)")
     add("--precisions", type=listed, default="bf16,fp8,mxfp8,mxfp4", metavar="A,B", help="of training (%(default)s)")
     add("--lora-formats", type=listed, default="fp8,mxfp8,int8,mxfp4,nvfp4", metavar="A,B", help="(%(default)s)")
+    add("--lora-targets", type=listed, default=list(TARGETS), metavar="A,B", help=f"of {','.join(TARGETS)}")
     add("--bytes", type=int, default=1 << 17, metavar="N", help="of text that quality is measured on (%(default)s)")
     add("--steps", type=int, default=400, metavar="N", help="of training (%(default)s)")
     add("--lora-steps", type=int, default=200, metavar="N", help="of fine-tuning (%(default)s)")
@@ -209,6 +220,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     args.parts = [] if args.parts == ["none"] else args.parts
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise ValueError(f"--parts: there is no {unknown[0]!r}, only {', '.join(PARTS)}, or none")
+    if not args.lora_targets or (unknown := [part for part in args.lora_targets if part not in TARGETS]):
+        raise ValueError(f"--lora-targets: there is no {unknown[0] if unknown else ''!r}, only {', '.join(TARGETS)}")
     if args.quick:
         vars(args).update(QUICK)
     for name, least in {"bytes": 2, "steps": 1, "lora_steps": 1, "batch": 1}.items():

@@ -133,19 +133,24 @@ def test_low_precision(files, precision):
     assert not [m for m in model.modules() if type(m).__module__.startswith("moe_ops")]
 
 
-def test_lora(monkeypatch, files, tmp_path):
+@pytest.mark.parametrize("targets", ["attention", "experts"])
+def test_lora(monkeypatch, files, tmp_path, targets):
     pytest.importorskip("peft")
-    found = collect(monkeypatch, files, tmp_path, "--parts", "lora", "--lora-formats", "fp8", "--lora-rate", "0.05")
+    if targets == "experts":
+        pytest.importorskip("moe_ops.peft")
+    args = ["--lora-formats", "fp8", "--lora-targets", targets, "--lora-rate", "0.05"]
+    found = collect(monkeypatch, files, tmp_path, "--parts", "lora", *args)
     results = found["lora"]["results"]
     assert list(results) == ["bf16", "fp8"]
-    s, attention = small_checkpoint, 0
-    for out in (s.HEADS, s.KV_HEADS, s.KV_HEADS):
-        attention += s.HIDDEN + s.HEAD * out
-    attention += s.HEADS * s.HEAD + s.HIDDEN
+    s = small_checkpoint
+    features = {
+        "attention": [s.HIDDEN + s.HEADS * s.HEAD, *2 * [s.HIDDEN + s.KV_HEADS * s.HEAD], s.HEADS * s.HEAD + s.HIDDEN],
+        "experts": s.EXPERTS * [s.HIDDEN + 2 * s.INTERMEDIATE, s.INTERMEDIATE + s.HIDDEN],
+    }
     held_out = (files / "other").read_bytes()[-train_small_moe.HELD_OUT :][:1024]
     table = cells((tmp_path / "evidence.md").read_text(), "weights")
     for name, row in results.items():
-        assert row["trained_parameters"] == 8 * attention
+        assert row["trained_parameters"] == 8 * sum(features[targets])
         model = moe_ops.quantize_(quickstart.load(files / "model")[0], name)
         before = bits_per_byte(model, *cut(held_out, quickstart.Bytes()))
         assert row["held_out_bits_per_byte_before"] == pytest.approx(before, rel=1e-5)
@@ -187,6 +192,7 @@ MISTAKES = {
     "no 'qualty'": ["--parts", "qualty"],
     "no config.json": ["--model", "/"],
     "--steps must be at least 1": ["--steps", "0"],
+    "no 'router'": ["--lora-targets", "experts,router"],
     "--lora-steps must be at least 1": ["--lora-steps", "0"],
     "cannot read /nowhere": ["--text", "/nowhere"],
 }
