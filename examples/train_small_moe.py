@@ -97,7 +97,8 @@ def fit(
     """Trains what requires grad on random windows of ids (N,), for so many steps or as far as the time goes.
 
     AdamW, the rate rises and falls linearly, gradients are clipped at norm 1. The windows depend on the seed alone.
-    Returns the loss of each step, in nats per token. Raises ValueError for a loss that is not finite.
+    Returns the loss of each step, in nats per token. Raises ValueError for a loss that is not finite, and for weights
+    that are cut off from it.
     """
     if len(ids) <= window:
         raise ValueError(f"the text has {len(ids)} tokens; one window takes {window}, and there must be more")
@@ -117,6 +118,8 @@ def fit(
         if not math.isfinite(losses[-1]):
             raise ValueError(f"{label}: the loss of step {len(losses)} is {losses[-1]}")
         loss.backward()
+        if all(p.grad is None for p in trained):
+            raise ValueError(f"{label}: nothing that is to be trained has a gradient")
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -225,3 +225,11 @@ def test_a_loss_that_is_not_finite_stops(files):
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"fit: the loss of step 1 is nan"):
         train_small_moe.fit(model, torch.arange(256), steps=2, window=32, label="fit")
+
+
+def test_weights_that_the_loss_does_not_reach_stop():
+    model = train_small_moe.small_model().requires_grad_(False)
+    model.unused = torch.nn.Parameter(torch.zeros(1))
+    model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_())
+    with pytest.raises(ValueError, match="fit: nothing that is to be trained has a gradient"):
+        train_small_moe.fit(model, torch.arange(256), steps=2, window=32, label="fit")
