@@ -153,8 +153,13 @@ def adapted(model: nn.Module, parts: Sequence[str], seed: int) -> nn.Module:
 def finetune(
     reference: nn.Module, name: str, tokens: Tensor, measure: Callable[[nn.Module], float], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """tokens (N,): what LoRA over weights in that format makes of it, and what held-out text costs before and after."""
-    model = moe_ops.quantize_(deepcopy(reference), name, progress=False)
+    """tokens (N,): what LoRA over weights in that format makes of it, and what held-out text costs before and after.
+
+    FULL is the model as it came: transformers' own experts, PEFT's own layers.
+    """
+    model = deepcopy(reference)
+    if name != FULL:
+        moe_ops.quantize_(model, name, progress=False)
     before = measure(model)
     model = adapted(model, args.lora_targets, args.seed)
     losses = fit(
@@ -231,12 +236,19 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     args.precisions = [p if p in FLOATS else names([p])[0] for p in args.precisions]
     figure_class()
     if "lora" in args.parts:
-        import peft  # noqa: F401
+        check_peft()
     if "training" in args.parts and (low := [p for p in args.precisions if p not in FLOATS]):
         prepared(small_model(), low[0])  # is it there?
     if args.model and "lora" in args.parts and not args.finetune:
         texts()  # or it says what to install
     return args
+
+
+def check_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ValueError("LoRA needs PEFT: pip install peft") from None
 
 
 def names(given: Sequence[str]) -> list[str]:

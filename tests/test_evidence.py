@@ -151,7 +151,8 @@ def test_lora(monkeypatch, files, tmp_path, targets):
     table = cells((tmp_path / "evidence.md").read_text(), "weights")
     for name, row in results.items():
         assert row["trained_parameters"] == 8 * sum(features[targets])
-        model = moe_ops.quantize_(quickstart.load(files / "model")[0], name)
+        model = quickstart.load(files / "model")[0]
+        model = model if name == "bf16" else moe_ops.quantize_(model, name)
         before = bits_per_byte(model, *cut(held_out, quickstart.Bytes()))
         assert row["held_out_bits_per_byte_before"] == pytest.approx(before, rel=1e-5)
         assert row["held_out_bits_per_byte"] < before and len(row["bits_per_token"]) == 3
@@ -203,6 +204,12 @@ def test_mistakes(monkeypatch, files, tmp_path, reason):
     with pytest.raises(SystemExit) as stop:
         collect(monkeypatch, files, tmp_path, "--parts", "quality", *MISTAKES[reason])
     assert stop.value.code.startswith("evidence: ") and reason in stop.value.code and "\n" not in stop.value.code
+
+
+def test_without_peft(monkeypatch, files, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"evidence: .*pip install peft"):
+        collect(monkeypatch, files, tmp_path, "--parts", "lora")
 
 
 TRAINING_MISTAKES = {
