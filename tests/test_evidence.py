@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from trained_model import quickstart
 
 pytest.importorskip("matplotlib")
+import _evidence_report as report
 import evidence
 import train_small_moe
 from transformers import AutoModelForCausalLM
@@ -93,7 +94,7 @@ def test_quality_is_what_compare_gives(monkeypatch, files, tmp_path, capsys):
 def test_curve_of_training(monkeypatch, files, tmp_path, capsys):
     args = ["--precision", "bf16", "--batch", 2, "--window", 32, "--text", files / "text"]
     curves = []
-    for name, more in {"a": [0, 12], "again": [0, 12], "other": [1, 2]}.items():
+    for name, more in {"a": [1, 12], "again": [1, 12], "other": [0, 2]}.items():
         file = tmp_path / f"{name}.json"
         seed, steps = more
         run(monkeypatch, train_small_moe, *args, "--seed", seed, "--steps", steps, "--json", file,
@@ -105,10 +106,10 @@ def test_curve_of_training(monkeypatch, files, tmp_path, capsys):
     assert f"{curves[0]['held_out_bits_per_byte']:.4f}" in capsys.readouterr().out
 
     # The first loss is that of the untrained model on the seed's windows, in the dtype of the name.
-    train_small_moe.small_model(0).save_pretrained(tmp_path / "untrained")
+    train_small_moe.small_model(1).save_pretrained(tmp_path / "untrained")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "untrained", dtype=torch.bfloat16).to(quickstart.DEVICE)
     ids = torch.tensor(list((files / "text").read_bytes()[: -train_small_moe.HELD_OUT]))
-    starts = torch.randint(len(ids) - 32, (2, 1), generator=torch.Generator().manual_seed(0)).flatten()
+    starts = torch.randint(len(ids) - 32, (2, 1), generator=torch.Generator().manual_seed(1)).flatten()
     given = torch.stack([ids[start : start + 32] for start in starts]).to(quickstart.DEVICE)
     logits = model(given).logits[:, :-1].float()
     assert bits[0] == pytest.approx(cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten()).item() / math.log(2))
@@ -168,10 +169,13 @@ def test_parts_are_kept_and_drawn_again(monkeypatch, files, tmp_path):
     found = collect(monkeypatch, files, tmp_path, "--parts", "training", "--precisions", "fp32,bf16")
     assert list(found) == ["quality", "training"]
     assert list(found["training"]["results"]) == ["fp32", "bf16"]
-    curve = found["training"]["results"]["bf16"]
+    ends = [  # a tenth of three steps is the last
+        (curve["bits_per_byte"][-1], curve["held_out_bits_per_byte"]) for curve in found["training"]["results"].values()
+    ]
     rows = cells((tmp_path / "evidence.md").read_text(), "precision")
-    assert rows["bf16"][0] == f"{curve['bits_per_byte'][-1]:.4f}"  # a tenth of three steps is the last
-    assert rows["bf16"][2] == f"{curve['held_out_bits_per_byte']:.4f}"
+    for row, got in zip(rows.values(), ends, strict=True):
+        changes = [f"{x / first - 1:+.2%}" for x, first in zip(got, ends[0], strict=True)]
+        assert row == [f"{got[0]:.4f}", changes[0], f"{got[1]:.4f}", changes[1]]
 
     before = (tmp_path / "evidence.md").read_text()
     pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
@@ -184,6 +188,13 @@ def test_parts_are_kept_and_drawn_again(monkeypatch, files, tmp_path):
         assert (tmp_path / name).read_bytes() == data
         colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 24)
         assert len(colours) > 50  # something is drawn
+
+
+def test_means():
+    assert report.smooth([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
+    assert report.last_tenth([*range(18), 30.0, 40.0]) == 35.0 and report.last_tenth([3.0, 2.0]) == 2.0
+    layers = [{"flips": flips} for flips in (0.25, None, 0.75)]
+    assert report.mean_flips({"rows": layers}) == 0.5 and report.mean_flips({"rows": []}) is None
 
 
 MISTAKES = {
