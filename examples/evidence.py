@@ -29,7 +29,6 @@ from tqdm import tqdm
 from train_small_moe import (
     DEVICE,
     FLOATS,
-    HELD_OUT,
     byte_ids,
     cast_,
     check_count,
@@ -72,11 +71,13 @@ class Material:
         return cast_(model.eval(), torch.bfloat16)
 
     def pretraining(self) -> list[bytes]:
-        """Without --text: the first text of the corpus; the second is for fine-tuning."""
-        return [read_text(self.args.text)] if self.args.text else texts()[:1]
+        """Without --train and --text: the first text of the corpus; the second is for fine-tuning."""
+        path = self.args.train or self.args.text
+        return [read_text(path)] if path else texts()[:1]
 
     def measured(self) -> bytes:
-        if self.args.text and self.args.model:
+        """Not what the model was trained on, which for one that is made here is all but the end of its text."""
+        if self.args.text and (self.args.model or self.args.train):
             return read_text(self.args.text, self.args.bytes)
         return split(self.pretraining())[1][: self.args.bytes]
 
@@ -202,8 +203,8 @@ def arguments() -> argparse.Namespace:
     add("--output", required=True, metavar="FOLDER", help="where evidence.json, evidence.md and plots go")
     add("--parts", type=listed, default=list(PARTS), metavar="A,B", help=f"of {','.join(PARTS)}; or none")
     add("--model", metavar="PATH", help="a local checkpoint, instead of training a small model")
-    add("--text", metavar="FILE", help="what quality is measured on, and training trains on but for its last"
-        f" {HELD_OUT} bytes; instead of the corpus")  # fmt: skip
+    add("--text", metavar="FILE", help="what quality is measured on, instead of the corpus")
+    add("--train", metavar="FILE", help="what training trains on, but for its last bytes (what --text names)")
     add("--finetune", metavar="FILE", help="the other text, for LoRA, instead of the corpus")
     add("--formats", type=listed, metavar="A,B", help="of the table (all of moe_ops.FORMATS)")
     add("--precisions", type=listed, default="bf16,fp8,mxfp8,mxfp4", metavar="A,B", help="of training (%(default)s)")
@@ -237,8 +238,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     figure_class()
     if "lora" in args.parts:
         check_peft()
-    if "training" in args.parts and (low := [p for p in args.precisions if p not in FLOATS]):
-        prepared(small_model(), low[0])  # is it there?
+    for name in args.precisions if "training" in args.parts else ():
+        prepared(small_model(), name)  # refuses what does not fit it
     if args.model and "lora" in args.parts and not args.finetune:
         texts()  # or it says what to install
     return args

@@ -1,5 +1,6 @@
 """examples/evidence.py and train_small_moe.py: what they write is what compare, the loss and PEFT give."""
 
+import argparse
 import json
 import math
 import sys
@@ -123,7 +124,6 @@ def test_curve_of_training(monkeypatch, files, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["fp8", "mxfp8", "mxfp4"])
 def test_low_precision(files, precision):
-    pytest.importorskip("moe_ops.training")
     texts, options = [(files / "text").read_bytes()], {"steps": 12, "batch": 2, "window": 32}
     want = train_small_moe.train("bf16", texts, **options)[1]["bits_per_byte"]
     model, curve = train_small_moe.train(precision, texts, **options)
@@ -137,8 +137,6 @@ def test_low_precision(files, precision):
 @pytest.mark.parametrize("targets", ["attention", "experts"])
 def test_lora(monkeypatch, files, tmp_path, targets):
     pytest.importorskip("peft")
-    if targets == "experts":
-        pytest.importorskip("moe_ops.peft")
     args = ["--lora-formats", "fp8", "--lora-targets", targets, "--lora-rate", "0.05"]
     found = collect(monkeypatch, files, tmp_path, "--parts", "lora", *args)
     results = found["lora"]["results"]
@@ -188,6 +186,23 @@ def test_parts_are_kept_and_drawn_again(monkeypatch, files, tmp_path):
         assert (tmp_path / name).read_bytes() == data
         colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 24)
         assert len(colours) > 50  # something is drawn
+
+
+def test_texts(files):
+    """A model made here is measured on the end of its text, or on another; LoRA always trains on another."""
+    text, other = ((files / name).read_bytes() for name in ("text", "other"))
+    end = train_small_moe.HELD_OUT
+    for model, train, measured in [
+        (None, None, text[-end:][:100]), (None, "other", text[:100]), ("model", None, text[:100]),
+        ("model", "other", text[:100]),
+    ]:  # fmt: skip
+        args = argparse.Namespace(
+            text=files / "text", model=model, train=train and files / train, finetune=files / "other", bytes=100
+        )
+        material = evidence.Material(args)
+        assert material.measured() == measured
+        assert material.pretraining() == [other if train else text]
+        assert material.finetuning() == (other[:-end], other[-end:])
 
 
 def test_means():
