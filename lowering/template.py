@@ -46,7 +46,8 @@ def append(choices: list[Any], p: Product, config: Config, names: list[str], nod
     if not p.plan.native:
         written += [f"{n} = {n}.to(tl.pointer_type(tl.uint8), bitcast=True)" for n in bytes_of]
     functions = tuple((f.fn.__module__, f.fn.__name__) for f in values.values() if isinstance(f, triton.JITFunction))
-    pieces = _pieces(config) if p.rows.offsets is None and config.parts == 1 else 1
+    whole = p.rows.offsets is not None or config.parts > 1 or p.kind.promoted
+    pieces = 1 if whole else _pieces(config)
     by_row = isinstance(p.num_rows, int) and p.row_tiles(config, p.num_rows)[1]
     values |= {"ROW_TILES": by_row, "TYPE": p.dtype, "N": p.n, "PARTS": config.parts, "SHORT": values.get("SHORT", 0)}
     error = _template(p.transpose, pieces, tuple(names), tuple(written), functions).maybe_append_choice(
@@ -65,7 +66,8 @@ def _counted(names: Sequence[str]) -> str:
 
 def _pieces(config: Config) -> int:
     """In how many a tile is stored: what follows a linear needs registers beside those of the sums, of all that is at
-    hand at once. With pieces of a sixteenth of a thread's registers erf and a residual fit."""
+    hand at once. With pieces of a sixteenth of a thread's registers erf and a residual fit, and on an H200 they take
+    0.94 to 0.99 of the time; sums that leave the tensor core every step take 1.06 to 1.09 of it, and stay whole."""
     registers = config.block_m * config.block_n // (32 * config.warps)
     return max(registers // 16, 1) if registers >= 64 else 1
 

@@ -78,6 +78,7 @@ class Weight:
     input_scale: Tensor | None = None  # (E,)
     shards: int = 1
     interleaved: bool = False
+    master: Tensor | None = None  # the float weight (E, N, K) that the codes were made of, where it is trained
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import routing
 from ..activation import Gate, run_gate
-from ..formats import Codec, Format, QuantizedTensor, dequantize_weight
+from ..formats import Codec, Format, QuantizedTensor, dequantize_weight, quantize_weight
 from . import compose
 from .base import Operand, Rows, Weight
 
@@ -65,6 +65,37 @@ def grouped_mm(
     return out
 
 
+WGRAD_ROWS = 128  # of an expert, that share a scale where a codec has one for all
+
+
+def grouped_wgrad(
+    grad: Tensor, x: Tensor, offsets: Tensor | None, codec: Codec | None, *, num_experts: int, out_dtype: torch.dtype,
+    grad_read: Tensor | None = None, x_read: Tensor | None = None, top_k: int = 1,
+) -> Tensor:  # fmt: skip
+    """dW[e] = sum over the rows i of expert e of grad[i]^T x[i] (E, N, K): fp32, one cast.
+
+    Row i is grad[i] and x[i], or grad[grad_read[i] // top_k], x[x_read[i] // top_k]. With a codec the columns of both
+    are quantized first, expert by expert: along its rows, in the codec's groups or in blocks of WGRAD_ROWS.
+    """
+    out = torch.zeros(num_experts, grad.shape[1], x.shape[1], dtype=out_dtype, device=x.device)
+    bounds = [0, wgrad_rows(x, grad_read, x_read)] if offsets is None else offsets.tolist()
+    along = codec and codec.along_rows(WGRAD_ROWS)
+    for e in range(num_experts):
+        mine = slice(bounds[e], bounds[e + 1])
+        if bounds[e] == bounds[e + 1]:
+            continue
+        rows = (t[mine if read is None else read[mine] // top_k] for t, read in ((grad, grad_read), (x, x_read)))
+        g, xe = (along.dequantize(along.quantize(t.T)).T if along else t.float() for t in rows)
+        with torch.autocast(x.device.type, enabled=False):
+            out[e] = (g.T @ xe).to(out_dtype)
+    return out
+
+
+def wgrad_rows(x: Tensor, grad_read: Tensor | None, x_read: Tensor | None) -> int:
+    """How many rows a gradient of weights is summed over."""
+    return next((t.shape[0] for t in (grad_read, x_read) if t is not None), x.shape[0])
+
+
 def _take(x: Operand, codec: Codec | None, index: Tensor | slice) -> Tensor:
     """fp32 values of some rows: codes times scales, or the floats themselves."""
     scale, whole = (t[index] if t is not None and t.ndim > 1 else t for t in (x.scale, x.global_scale))
@@ -113,6 +144,8 @@ class Parts:
     combine = staticmethod(routing.combine)
     quantize = staticmethod(quantize)
     grouped_mm = staticmethod(grouped_mm)
+    grouped_wgrad = staticmethod(grouped_wgrad)
+    quantize_weight = staticmethod(quantize_weight)
 
 
 def _always(problem: object) -> bool:

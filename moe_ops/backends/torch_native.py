@@ -79,6 +79,8 @@ class Parts:
     combine = staticmethod(routing.combine)
     quantize = staticmethod(reference.quantize)
     grouped_mm = staticmethod(grouped_mm)
+    grouped_wgrad = staticmethod(reference.grouped_wgrad)
+    quantize_weight = staticmethod(reference.quantize_weight)
 
 
 def supports(problem: Problem) -> bool | str:
@@ -86,7 +88,7 @@ def supports(problem: Problem) -> bool | str:
         return f"runs on the CPU, not on {problem.device}"
     if problem.batch_invariant:
         return "multiplies few rows otherwise than many: it is not batch-invariant"
-    if problem.op in ("sort_by_expert", "combine", "quantize"):
+    if problem.op in ("sort_by_expert", "combine", "quantize", "grouped_wgrad", "quantize_weight"):
         return True
     element = FORMATS[problem.format].weight.element
     return True if decoder(element) else f"does not decode {element.name}"

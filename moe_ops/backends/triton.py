@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..activation import Gate
-from ..formats import Codec, Format
+from ..formats import Codec, Format, QuantizedTensor
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
 from ..kernels.activation import ACTIVATIONS
@@ -24,9 +25,9 @@ from ..kernels.grouped_mm import _grouped_mm_kernel, _grouped_mm_sized_kernel, l
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
 from ..kernels.parts import add
 from ..kernels.scales import RULES
-from . import compose
-from .base import Operand, Rows, Weight, arch_of, interpreted
-from .triton_plan import TL, Plan, Prepared, Product, bits_of, group_of, has_fp8, kind_of, plan_of
+from . import compose, triton_wgrad
+from .base import Operand, Problem, Rows, Weight, arch_of, interpreted
+from .triton_plan import TL, Plan, Prepared, Product, as_bytes, bits_of, group_of, has_fp8, kind_of, plan_of
 from .triton_supports import supports
 
 
@@ -46,17 +47,23 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     if x.numel():
         encoders, element = ENCODE if native else ENCODE_BITS, codec.element
         quantize_kernels.quantize(
-            x, scale, _bytes(q, native), _bytes(s, native), g, group, (*bits_of(element), element.max), element.bits,
-            math.floor(math.log2(element.max)), torch.finfo(codec.scale_dtype).max if codec.global_scale else None,
+            x, scale, as_bytes(q, native), as_bytes(s, native), g, group, (*bits_of(element), element.max),
+            element.bits, math.floor(math.log2(element.max)),
+            torch.finfo(codec.scale_dtype).max if codec.global_scale else None,
             encoders.get(element.name, to_minifloat), encoders["e4m3"], RULES[codec.scale_rule.__name__],
         )  # fmt: skip
     return Operand(q, s, g)
 
 
-def _bytes(t: Tensor, native: bool) -> Tensor:
-    """One-byte floats as bytes, where Triton does not have their type."""
-    known = not t.is_floating_point() or t.element_size() > 1 or (native and t.dtype == torch.float8_e4m3fn)
-    return t if known else t.view(torch.uint8)
+def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedTensor:
+    """As formats.quantize_weight. Blocks that lie within a row are one launch for all experts; others are torch's."""
+    in_rows = codec.block is not None and codec.block[0] == 1 and not codec.global_scale
+    problem = Problem("quantize", weight.device.type, arch_of(weight.device), weight.dtype, codec.name)
+    if not in_rows or not weight.numel() or supports(problem) is not True:
+        return formats.quantize_weight(codec, weight, shards)
+    q, lead = quantize(weight.reshape(-1, weight.shape[2]), codec), weight.shape[:2]
+    assert q.scale is not None
+    return QuantizedTensor(q.data.view(*lead, -1), q.scale.view(*lead, -1), None, None, codec)
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ def arranged(operand: Operand, codec: Codec | None, plan: Plan, k: int, dtype: t
     name, bits, element = ("bf16", 16, (0, 0, 0)) if codec is None else (
         codec.element.name, codec.element.bits, bits_of(codec.element))  # fmt: skip
     if x.numel():
-        kind, scale = ("float32", None) if scale is None else (kind_of(scale), _bytes(scale, plan.native))
-        arrange(_bytes(x, plan.native), scale, out, k, group_of(codec) or 1, decoders.get(name, minifloat), element,
+        kind, scale = ("float32", None) if scale is None else (kind_of(scale.dtype), as_bytes(scale, plan.native))
+        arrange(as_bytes(x, plan.native), scale, out, k, group_of(codec) or 1, decoders.get(name, minifloat), element,
                 bits, kind, plan.nibbles)  # fmt: skip
     return out
 
@@ -126,7 +133,7 @@ def launch(p: Product, config: Config) -> Tensor:
         "stride_om": out.stride(-2), "ROW_TILES": by_row, "num_warps": config.warps, "num_stages": config.stages,
         **p.numbers(), **p.constants(config),
     }  # fmt: skip
-    arguments |= {name: None if t is None else _bytes(t, p.plan.native) for name, t in p.tensors().items()}
+    arguments |= {name: None if t is None else as_bytes(t, p.plan.native) for name, t in p.tensors().items()}
     forward = _grouped_mm_sized_kernel if p.sized(config, arch_of(p.w.qdata.device)) else _grouped_mm_kernel
     kernel = _grouped_mm_transposed_kernel if p.transpose else forward
     kernel[launch_grid(num_m, p.n, config.block_n, config.parts)](**arguments)
@@ -149,6 +156,8 @@ class Parts:
     quantize = staticmethod(quantize)
     arranged = staticmethod(arranged)
     launch = staticmethod(launch)
+    grouped_wgrad = staticmethod(triton_wgrad.grouped_wgrad)
+    quantize_weight = staticmethod(quantize_weight)
 
     @staticmethod
     def expected(p: Product) -> int:
@@ -178,7 +187,7 @@ class Parts:
         arch = arch_of(x.device)
         plan = plan_of(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
         if transpose:
-            assert rows.read is None and rows.write is None and rows.weights is None, "gradients stay in sorted order"
+            assert rows.weights is None, "a gradient is weighed before or after"
             prepared = Prepared(x if x.stride(-1) == 1 else x.contiguous())
             if weight.qdata.stride(-1) != 1:
                 weight = replace(weight, qdata=weight.qdata.contiguous())
@@ -203,7 +212,7 @@ class Parts:
             dtype = torch.float32 if interpreted() else data.dtype  # of the product: it is not cast again
             return Prepared(cls.arranged(Operand(data), None, plan, k, dtype) if plan.nibbles else data)
         if plan.types is not None:
-            return Prepared(_bytes(data, plan.native), _bytes(x.scale, plan.native), x.global_scale)
+            return Prepared(as_bytes(data, plan.native), as_bytes(x.scale, plan.native), x.global_scale)
         group = group_of(codec)
         grouped = bool(group) and x.scale.ndim == 2 and x.scale.shape[1] == -(-k // group)  # else of a row, or all
         folds = grouped and (group % 128 != 0 or x.scale.element_size() == 1)

@@ -50,6 +50,7 @@ class Kind:
     gated: bool = False
     bias: bool = False
     transposed: bool = False  # the gradient's product: weights dequantized in registers, whatever the format
+    wgrad: bool = False  # the gradient of weights: block_m channels, block_n columns, block_k rows a step
 
 
 MANY = 1 << 30
@@ -71,10 +72,16 @@ SMALL: dict[Kind, Table] = {
     Kind("fp32"): {16: Config(16, 32, 16, 4, 2), MANY: Config(64, 32, 16, 4, 2, group_m=8)},
     Kind("fp32", transposed=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
     Kind("bf16", transposed=True): {16: Config(16, 64, 32, 4, 2), MANY: Config(64, 64, 32, 4, 2, group_m=8)},
+    Kind("fp32", wgrad=True): {MANY: Config(32, 32, 16, 4, 2, group_m=8)},
+    Kind("fp32", promoted=True, wgrad=True): {MANY: Config(32, 32, 128, 4, 2, group_m=8)},
+    Kind("bf16", wgrad=True): {MANY: Config(64, 64, 32, 4, 2, group_m=8)},
+    Kind("bf16", promoted=True, wgrad=True): {MANY: Config(64, 64, 128, 4, 1, group_m=8)},
+    Kind("fp8", promoted=True, wgrad=True): {MANY: Config(64, 64, 128, 4, 2, group_m=8)},
 }  # fmt: skip
 SMALL[Kind("bf16", decoded=6, gated=True)] = {16: _FEW, MANY: Config(32, 32, 64, 4, 3, group_m=8)}
 SMALL |= {Kind("int8", gated=gated): SMALL[Kind("fp8", gated=gated)] for gated in (False, True)}
-_SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True))
+_WGRADS = tuple(kind for kind in SMALL if kind.wgrad)
+_SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True), *_WGRADS)
 # 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
@@ -199,7 +206,7 @@ def tables(arch: int) -> dict[Kind, Table]:
 def table(kind: Kind, arch: int) -> Table:
     """The entry of the kind, or of the nearest one: without the bias, then the gate, the promotion, the decoding."""
     listed = tables(arch)
-    if kind.transposed:
+    if kind.transposed or kind.wgrad:
         return listed[kind]
     flags = [(flag, False) if flag else (False,) for flag in (kind.promoted, kind.gated, kind.bias)]
     bits = dict.fromkeys((kind.decoded, min(kind.decoded, 8) and 8, 0))
