@@ -193,6 +193,19 @@ def test_only_the_router_learns(kind, compiled):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["biases", "own gate", "no gate", "post norm"])
+def test_weights_that_are_floats_may_train(kind):
+    """Stored as they are, they are frozen until they are told otherwise; then everything has its gradient."""
+    layout = {"interleaved": False} if kind == "own gate" else {}  # so that weights stand as they are stored
+    layer = quantize_(experts(kind, **layout), "bf16")
+    assert not any(p.requires_grad for n, p in layer.named_parameters() if n.endswith("_proj"))
+    layer.requires_grad_()
+    floats = moe_ops.dequantize_(copy.deepcopy(layer))
+    got, want = (trained(m, lambda m: m(*call_args()).square().sum()) for m in (layer, floats))
+    assert set(got) == {n for n, _ in layer.named_parameters()}
+    assert_same_gradients(got, want, 1e-5)
+
+
 def test_hooks():
     """Of modules, of tensors, and of parameters whose gradient has been added: as those of an nn.Linear."""
     floats, found = nn.Linear(HIDDEN, 48), []
