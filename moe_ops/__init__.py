@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import huggingface as _huggingface
 from . import ops as _ops  # registers torch.ops.moe_ops.*
+from . import peft as _peft
 from .backends import use_backend
 from .experts import QuantizedExperts
 from .formats import FORMATS, Codec, Element, Format
@@ -23,14 +24,15 @@ __all__ = [
     "FORMATS", "Codec", "Element", "Format", "MoeOpsConfig", "QuantizedExperts", "QuantizedLinear", "Summary",
     "compare", "dequantize_", "load_quantized", "quantize_", "summary", "use_backend",
 ]  # fmt: skip
-_LISTENERS[:] = [_huggingface.attach]
+_LISTENERS[:] = [_huggingface.attach, _peft.adopt]
 _huggingface.install()
+_peft.install()
 del _ops
 
 
 # name -> the module that has it, imported when it is asked for
 _LAZY = {"compare": ".quality", "load_quantized": ".checkpoints.load"}
-_MODULES = ("kv_cache", "quality", "sharding")  # imported when they are asked for: the first needs transformers
+_MODULES = ("kv_cache", "quality", "sharding", "training")  # imported when asked for: one needs transformers
 
 
 def __getattr__(name: str) -> Any:

@@ -164,6 +164,25 @@ def activation_grad(gate: Gate, h: Tensor, grad: Tensor) -> Tensor:
     return (interleave(both) if gate.interleaved else both).to(h.dtype)
 
 
+class _Gated(torch.autograd.Function):
+    """run_gate; keeps h for its gradient, and none of the fp32 numbers in between."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gate: Gate) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.gate = gate
+        return run_gate(gate, h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return activation_grad(ctx.gate, ctx.saved_tensors[0], grad), None
+
+
+def apply_gate(gate: Gate, h: Tensor) -> Tensor:
+    """`run_gate` in between two products that are trained: h (R, 2I), or (R, I) without a gate -> (R, I)."""
+    return _Gated.apply(h, gate)
+
+
 def interleave(h: Tensor) -> Tensor:
     """Columns [gate | up] (..., 2I) -> gate and up alternating."""
     return h.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

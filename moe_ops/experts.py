@@ -5,19 +5,35 @@ T tokens, A experts per token, R = T * A slots, E experts, H hidden size, I inte
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import routing
-from .activation import Gate, interleave, resolve_activation
+from .activation import Gate, apply_gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
-_STATE = ("format", "backend", "float_dtype", "spec")
+_STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
+
+
+class Adapter(Protocol):
+    """Adds to one projection, beside its weight: low-rank products of the same rows (peft/layers.py)."""
+
+    def applies(self) -> bool:
+        """It adds something now."""
+
+    def only_here(self) -> str | None:
+        """Why it cannot be on the float module, None if it can."""
+
+    def added(self, x: Tensor, offsets: Tensor, options: Mapping[str, Any], **rows: Any) -> Tensor:
+        """Arguments as of moe_ops::grouped_mm, `options` its backend -> what is added to the product, same shape."""
 
 
 class QuantizedExperts(QuantizedModule):
@@ -25,10 +41,11 @@ class QuantizedExperts(QuantizedModule):
 
     Ids outside 0..num_experts-1 contribute zero; `num_experts` is read at each call. `spec` is the layout of the float
     module; what is stored is canonical: gate_up_proj (E, 2I, H), gate rows first, or up_proj (E, I, H) without a gate,
-    and down_proj (E, H, I).
+    and down_proj (E, H, I). `adapters` add to the projections that they are named by.
     """
 
     spec: ExpertsSpec
+    adapters: Mapping[str, Adapter] = MappingProxyType({})
     original_class: type[nn.Module] | None = None
     __repr__ = nn.Module.__repr__  # lists and dicts have their own, of children that are gone
 
@@ -114,9 +131,10 @@ class QuantizedExperts(QuantizedModule):
         stored = getattr(self, spec.up).shape[0]
         local = torch.where((ids >= 0) & (ids < num_experts), ids, -1) if num_experts != stored else ids
         drops = self.training and (spec.dropout > 0 or spec.row_dropout > 0)
+        adapted = any(self._adapter(name) is not None for name in self.weight_names())
         if spec.row_dropout and not self.training:
             weights = weights * (1.0 - spec.row_dropout)
-        if spec.gate is not None and spec.post_norm is None and not drops:
+        if spec.gate is not None and spec.post_norm is None and not drops and not adapted:
             out = self._fused(rows, local, weights, on_input)
         elif on_input:
             out = self._weighed(rows, local, weights)
@@ -132,12 +150,12 @@ class QuantizedExperts(QuantizedModule):
         gate = self.spec.gate
         assert gate is not None
         backend, invariant = resolve(self.backend)
-        up, down = self.weight_names()
-        stored = [self._parameters[name] for name in (up, down)]
-        for part in ("scale", "global_scale", "zero_point", "bias", "input_scale"):
-            stored += [self._parameters.get(f"{name}_{part}") for name in (up, down)]
+        up, down = (self.operands(name, backend) for name in self.weight_names())
+        biases = [self._parameters.get(f"{name}_bias") for name in self.weight_names()]
         return torch.ops.moe_ops.experts(
-            x, ids, weights, *stored, format=self.format, activation=gate.activation, gated=gate.gated,
+            x, ids, weights, up.codes, down.codes, up.scale, down.scale, up.global_scale, down.global_scale,
+            up.zero_point, down.zero_point, *biases, up.input_scale, down.input_scale, up.master, down.master,
+            format=self.computes.name, grad_format=self.grad_format, activation=gate.activation, gated=gate.gated,
             alpha=gate.alpha, beta=gate.beta, limit=gate.limit, router_weight_on_input=on_input, backend=backend,
             batch_invariant=invariant,
         )  # fmt: skip
@@ -156,8 +174,11 @@ class QuantizedExperts(QuantizedModule):
         if not top_k:  # nothing to combine
             return torch.zeros_like(x)
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
-        h = self._project(x, up, offsets, gate=spec.gate, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
-        if spec.gate is None:
+        known = spec.gate if self._adapter(up) is None else None  # else what is added to comes before it
+        h = self._project(x, up, offsets, gate=known, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
+        if spec.gate is not None:
+            h = h if known else apply_gate(replace(spec.gate, interleaved=False), h)
+        else:
             h = interleave(h) if spec.interleaved else h
             own: Any = spec.own_gate or (self._apply_gate if spec.gated else self.act_fn)
             h = own(h).to(x.dtype)  # (R, I)
@@ -176,7 +197,11 @@ class QuantizedExperts(QuantizedModule):
     def _project(self, x: Tensor, name: str, offsets: Tensor, *, gate: Gate | None = None, **rows: Any) -> Tensor:
         """One grouped product of rows sorted by expert, with bias, and the activation where it is known."""
         backend, invariant = resolve(self.backend)
-        out_dtype, input_scale = x.dtype, self.part(name, "input_scale")
+        out_dtype, input_scale, adapter = x.dtype, self.part(name, "input_scale"), self._adapter(name)
+        added = None
+        if adapter is not None:
+            assert gate is None  # it comes after the sum
+            added = adapter.added(x, offsets, {"backend": backend, "batch_invariant": invariant}, **rows)
         if input_scale is not None and (codec := self.quantization.activation) is not None:
             if torch.is_grad_enabled() and x.requires_grad:  # codes have no gradient: it would be zero, in silence
                 raise NotImplementedError(
@@ -191,13 +216,20 @@ class QuantizedExperts(QuantizedModule):
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}
             rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
-        return torch.ops.moe_ops.grouped_mm(
-            x, getattr(self, name), offsets, weight_scale=self.part(name, "scale"),
-            weight_global_scale=self.part(name, "global_scale"), weight_zero_point=self.part(name, "zero_point"),
-            bias=self._parameters.get(f"{name}_bias"), format=self.format,
+        w = self.operands(name, backend)
+        out = torch.ops.moe_ops.grouped_mm(
+            x, w.codes, offsets, weight_scale=w.scale, weight_global_scale=w.global_scale,
+            weight_zero_point=w.zero_point, bias=self._parameters.get(f"{name}_bias"), weight_master=w.master,
+            format=self.computes.name, grad_format=self.grad_format,
             shards=self.spec.shards if name == self.spec.up else 1, out_dtype=out_dtype, backend=backend,
             batch_invariant=invariant, **rows,
         )  # fmt: skip
+        return out if added is None else out + added
+
+    def _adapter(self, name: str) -> Adapter | None:
+        """What adds to a projection now."""
+        found = self.adapters.get(name)
+        return found if found is not None and found.applies() else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """gate_up_proj (E, 2I, H), or up_proj (E, I, H), and down_proj (E, H, I): the values of the stored codes."""
@@ -205,7 +237,7 @@ class QuantizedExperts(QuantizedModule):
 
     def _dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         q, shards = self._get(name), self.spec.shards if name == self.spec.up else 1
-        return torch.cat([dequantize_weight(_one(q, e), shards, dtype) for e in range(q.qdata.shape[0])])
+        return torch.cat([dequantize_weight(q.expert(e), shards, dtype) for e in range(q.qdata.shape[0])])
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -322,11 +354,6 @@ def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
     changed = change(found)
     if changed is not found:  # else the parameter stays itself, for optimizers that hold it
         module._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=bias.requires_grad)
-
-
-def _one(q: QuantizedTensor, e: int) -> QuantizedTensor:
-    scale, zero, global_scale = (None if t is None else t[e : e + 1] for t in (q.scale, q.zero_point, q.global_scale))
-    return QuantizedTensor(q.qdata[e : e + 1], scale, zero, global_scale, q.codec)
 
 
 def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:

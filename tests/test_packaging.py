@@ -25,7 +25,7 @@ LAYERS = (
     ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
-    ("huggingface", "checkpoints", "quality", "sharding", "kv_cache"),
+    ("huggingface", "peft", "checkpoints", "quality", "sharding", "kv_cache", "training"),
     ("convert", "export_words", "export", "inspection", "__main__"),
     ("lowering",),
 )
@@ -101,7 +101,7 @@ def test_import_is_light():
 import sys, torch
 before = set(sys.modules)
 import moe_ops
-heavy = ("triton", "torch._inductor", "torch._dynamo", "transformers", "moe_ops.lowering", "moe_ops.kernels")
+heavy = ("triton", "torch._inductor", "torch._dynamo", "transformers", "peft", "moe_ops.lowering", "moe_ops.kernels")
 print([name for name in set(sys.modules) - before if name in heavy or name.startswith(tuple(h + "." for h in heavy))])
 """
     assert run("-c", code, cwd=ROOT).strip() == "[]"

@@ -77,7 +77,7 @@ class ExpertsSpec:
 
     def canonical(self, name: str, weight: Tensor) -> Tensor:
         """One projection, or a shard of it, as found -> (..., S*N, K), gate rows first. A view where it can be."""
-        w = weight.transpose(-1, -2) if self._transposed(name) else weight
+        w = weight.transpose(-1, -2) if self.transposes(name) else weight
         if name == self.up and self.interleaved:
             w = deinterleave(w.transpose(-1, -2)).transpose(-1, -2)
         return w
@@ -86,7 +86,7 @@ class ExpertsSpec:
         """Inverse of `canonical`."""
         if name == self.up and self.interleaved:
             weight = interleave(weight.transpose(-1, -2)).transpose(-1, -2)
-        return weight.transpose(-1, -2) if self._transposed(name) else weight
+        return weight.transpose(-1, -2) if self.transposes(name) else weight
 
     def canonical_bias(self, name: str, bias: Tensor) -> Tensor:
         """Bias (E, S*N) as found -> gate first."""
@@ -155,7 +155,8 @@ class ExpertsSpec:
                 for path, part in zip(paths, bias.chunk(len(paths), 1), strict=True):
                     self._spread(module, _bias_of(path), part)
 
-    def _transposed(self, name: str) -> bool:
+    def transposes(self, name: str) -> bool:
+        """The float module holds this projection as (..., K, S*N)."""
         own = self.down_transposed if name == self.down else None
         return self.transposed if own is None else own
 

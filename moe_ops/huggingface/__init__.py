@@ -25,6 +25,7 @@ def install() -> None:
     after_import("transformers.quantizers.auto", _register_quantizer)
     after_import("transformers.integrations.moe", _register_experts)
     after_import("transformers.modeling_utils", _watch_models)
+    after_import("transformers.trainer", _watch_trainer)
 
 
 def too_old() -> str | None:
@@ -69,6 +70,17 @@ def _watch_models() -> None:
     before(PreTrainedModel, "set_experts_implementation", check_set)
     # Modules that were quantized by themselves, below the model: codes without a config would be read as weights.
     before(PreTrainedModel, "save_pretrained", lambda model, *args, **kwargs: attach(model))
+
+
+def _watch_trainer() -> None:
+    if too_old():
+        return
+    from transformers.trainer import Trainer
+
+    from .training import check, check_batch, check_loss
+
+    before(Trainer, "train", lambda trainer, *args, **kwargs: check(trainer.model))
+    before(Trainer, "training_step", check_batch, check_loss)
 
 
 def config_class() -> Any:

@@ -246,7 +246,8 @@ class MoeOpsQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return False
+        """Without adapters, what is float is; `training.check` says what is not before Trainer begins."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -63,8 +63,11 @@ def after_import(name: str, call: Callable[[], None]) -> None:
         call()
 
 
-def before(owner: type, method: str, call: Callable[..., None]) -> None:
-    """Have a class call `call` with the arguments of a method before it; again after a reload, only the last one."""
+def before(owner: type, method: str, call: Callable[..., None], then: Callable[..., None] | None = None) -> None:
+    """Have a class call `call` with the arguments of a method before it, and `then` with (self, its result) after it.
+
+    Again after a reload, only the last ones.
+    """
     original = getattr(owner, method)
     if getattr(original, _MARK, False):
         original = original.__wrapped__
@@ -72,7 +75,10 @@ def before(owner: type, method: str, call: Callable[..., None]) -> None:
     @functools.wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         call(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if then is not None:
+            then(self, result)
+        return result
 
     setattr(wrapped, _MARK, True)
     setattr(owner, method, wrapped)

@@ -1,0 +1,73 @@
+"""PEFT's side of the package: LoRA on quantized Linears and experts, with PEFT's own configs, files and calls.
+
+`import moe_ops` calls `install`, which imports nothing of PEFT: our layers are offered to it when it is imported itself,
+or at once if it is there already.
+
+Letters in this package: E experts, S shards (gate and up), N rows and K columns of a stored matrix (S*N, K), R sorted
+rows, T tokens, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..huggingface import after_import
+
+__all__ = ["adopt", "install"]
+_OURS = "_moe_ops_wrapped"
+
+
+def install() -> None:
+    """Have PEFT's LoRA take quantized modules, now or when it is imported."""
+    after_import("peft.tuners.lora.model", _register)
+
+
+def _register() -> None:
+    """PEFT chooses a layer in one static method: ours come before its own choices. Again after a reload, once."""
+    model: Any = sys.modules["peft.tuners.lora.model"].LoraModel
+
+    def create(original: Any) -> Any:
+        def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+            from .layers import dispatch
+
+            mine = dispatch(target, adapter_name, config=lora_config, **kwargs)
+            return original(lora_config, adapter_name, target, **kwargs) if mine is None else mine
+
+        return _create_new_module
+
+    model._create_new_module = staticmethod(_wrapped(model._create_new_module, create))
+    for name in ("merge_adapter", "_unload_and_optionally_merge"):
+        setattr(model, name, _wrapped(getattr(model, name), _reporting))
+
+
+def _reporting(original: Any) -> Any:
+    """One warning for all modules that a call merges."""
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .merge import report
+
+        with report():
+            return original(self, *args, **kwargs)
+
+    return merge
+
+
+def _wrapped(original: Any, make: Callable[[Any], Any]) -> Any:
+    original = getattr(original, _OURS, original)
+    new = functools.wraps(original)(make(original))
+    setattr(new, _OURS, original)
+    return new
+
+
+def adopt(model: nn.Module) -> None:
+    """After `quantize_` or `dequantize_`: PEFT's layers around modules that were replaced become ours, or its own."""
+    if "peft.tuners.lora.layer" in sys.modules:
+        from .layers import adopt_layer
+
+        for module in model.modules():
+            adopt_layer(module)
