@@ -133,7 +133,7 @@ class QuantizedModule(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As nn.Module's for False, and where weights are floats. Codes have no gradient: ValueError, nothing changed.
 
-        Train the biases by name, adapters on this module, or the float model.
+        Train biases by name, adapters on this module, or float weights (moe_ops.training.prepare_training_).
         """
         if requires_grad and self.quantization.quantized:
             raise ValueError(_refusal(self.weight_names()[0], self.format))
@@ -267,7 +267,7 @@ class QuantizedModule(nn.Module):
 def _refusal(name: str, format: str) -> str:
     return (
         f"{name} is stored in format {format!r}: codes and scales are frozen, they have no gradient. Leave their"
-        " requires_grad off, and train adapters on the module, or the float model"
+        " requires_grad off, and train adapters on the module, or float weights (moe_ops.training.prepare_training_)"
     )
 
 

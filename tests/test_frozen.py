@@ -103,7 +103,7 @@ def steps(model, run, count=3):
 @pytest.mark.parametrize("model,name", [("qwen3_moe", "fp8"), ("gpt_oss", "nvfp4")])
 def test_compiled_steps_of_a_transformers_model(model, name):
     """One graph; the losses of eager, which fall, and of what is stored nothing changes."""
-    model = quantize_(family(model, name, output_router_logits=True), name)
+    model = quantize_(family(model, name, output_router_logits=True, num_hidden_layers=1), name)
     lm_loss(model)  # transformers installs its recording hooks in the first call
     eager, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     compiled = torch.compile(lm_loss, backend="aot_eager", fullgraph=True)
@@ -149,7 +149,7 @@ def test_checkpointed_layers(name, reentrant):
     "model,how", [*((model, how) for model in FAMILIES for how in ("reentrant", "not")), ("qwen3_moe", "compiled")]
 )
 def test_gradient_checkpointing_of_transformers(model, how):
-    model = quantize_(family(model), "fp8")
+    model = quantize_(family(model, num_hidden_layers=1), "fp8")
     want, loss = trained(model, lm_loss), lm_loss
     model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
     if how == "reentrant":
@@ -191,6 +191,19 @@ def test_only_the_router_learns(kind, compiled):
         found.append(w.grad)
     assert not x.requires_grad and all(p.grad is None for p in layer.parameters())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["biases", "own gate", "no gate", "post norm"])
+def test_weights_that_are_floats_may_train(kind):
+    """Stored as they are, they are frozen until they are told otherwise; then everything has its gradient."""
+    layout = {"interleaved": False} if kind == "own gate" else {}  # so that weights stand as they are stored
+    layer = quantize_(experts(kind, **layout), "bf16")
+    assert not any(p.requires_grad for n, p in layer.named_parameters() if n.endswith("_proj"))
+    layer.requires_grad_()
+    floats = moe_ops.dequantize_(copy.deepcopy(layer))
+    got, want = (trained(m, lambda m: m(*call_args()).square().sum()) for m in (layer, floats))
+    assert set(got) == {n for n, _ in layer.named_parameters()}
+    assert_same_gradients(got, want, 1e-5)
 
 
 def test_hooks():

@@ -86,7 +86,7 @@ def test_nan_reaches_its_token_and_its_experts(name, on_input):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("name", ["mxfp4"])
 def test_nan_in_kernels(name):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = Layer(name, 4, *fit(name, 64, 32), dtype=torch.bfloat16)
@@ -130,8 +130,9 @@ def test_a_loss_that_is_nan(name):
 # ---- empty batches, other types and shapes
 
 
-@pytest.mark.parametrize("compiled", [None, "aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["fp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name,compiled", [*((name, None) for name in FORMATS), ("fp8", "inductor")]
+)
 def test_empty_batches(name, compiled):
     """T = 0, whoever wants a gradient: x, router weights, biases or all. Those of biases are zeros."""
     layer, (x, ids, weights) = small(name, num_tokens=0)
@@ -250,8 +251,10 @@ OPS_OF = {  # an op with the position of its codes and of their scale
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="ops give codes that want a gradient none, in silence")
-@pytest.mark.parametrize("which", ["codes", "scale"])
+@pytest.mark.parametrize(
+    "which",
+    ["codes", pytest.param("scale", marks=pytest.mark.xfail(strict=True, reason="its gradient is none, in silence"))],
+)
 @pytest.mark.parametrize("op", OPS_OF)
 def test_codes_that_want_a_gradient_of_an_op(op, which):
     layer = Layer("fp8", 2, 64, 32, bias=False)
