@@ -39,7 +39,8 @@ Case = tuple[str, bool]  # what: "hf", "hf max" or a format; whether weights are
 
 def layer_of(what: str, trained: bool, floats: tuple[Tensor, Tensor]) -> nn.Module:
     if what.startswith("hf"):
-        module = peers._HFExperts(*(nn.Parameter(w, requires_grad=trained) for w in floats), "grouped_mm_experts_forward")
+        weights = (nn.Parameter(w, requires_grad=trained) for w in floats)
+        module = peers._HFExperts(*weights, "grouped_mm_experts_forward")
         return torch.compile(module, mode="max-autotune-no-cudagraphs" if what == "hf max" else None)
     experts = QuantizedExperts.from_float(*floats, "bf16" if trained else what)
     if trained:
@@ -78,7 +79,7 @@ def compile_case(shape_name: str, tokens: int, case: Case) -> None:
 
 
 def true_gradient(case: Case, shape_name: str, x: Tensor, ids: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
-    """Of x in fp32, expert by expert, for the first 64 tokens; with the values of codes where weights are frozen ones."""
+    """Of x in fp32, expert by expert, for the first 64 tokens; with the values of codes where weights are frozen."""
     what, trained = case
     x, ids, weights, grad = (t[:64] for t in (x, ids, weights, grad))
     floats = peers.random_floats(peers.SHAPES[shape_name], torch.device(DEVICE))

@@ -30,6 +30,13 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """topk_ids (T, A) -> order (R,), offsets (E + 1,), int32, as routing.sort_by_expert has them."""
     from moe_ops.kernels import routing as kernels
 
+    known = _compat.derived(topk_ids)  # of a training step's graph: its backward sorts the same ids again
+    if (key := ("sorted", num_experts)) not in known:
+        known[key] = _sorted(kernels, topk_ids, num_experts)
+    return known[key]
+
+
+def _sorted(kernels, topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids, r = topk_ids.reshape(-1).contiguous(), topk_ids.numel()
     if isinstance(r, int) and not r:
         return ids.new_empty(0, dtype=torch.int32), ids.new_zeros(num_experts + 1, dtype=torch.int32)

@@ -271,10 +271,13 @@ def _refusal(name: str, format: str) -> str:
     )
 
 
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu")  # torch 2.11 does not trace the function that says so
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in the type in which autocast, where it is on, has an nn.Linear multiply."""
     kind = x.device.type
-    if x.dtype not in FLOATS or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype not in FLOATS or kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
 

@@ -37,9 +37,9 @@ def prepare_training_(
 
     in fp32 sums, every operand quantized along the sum: W for y and once more for dx, scales computed on the device.
     `format`, `ignore`: which modules, in which format, as `quantize_` takes them. `gradients`: the format of the second
-    and third product; "auto" is the module's own where it is of 8-bit floats on both sides ("fp8", "fp8_block",
-    "mxfp8"), else None. None: they are products of floats with what the codes of y stand for, straight-through, which
-    is quantization-aware training. For dW groups lie along the rows of an expert; a scale of whole rows is one for 128.
+    and third product; "auto" is the module's own where that is of 8-bit floats on both sides, else None. None: they are
+    products of floats with what the codes of y stand for, straight-through, which is quantization-aware training.
+    For dW groups lie along the rows of an expert; a scale of whole rows is one for 128.
 
     Weights keep their names, dtype and requires_grad; those that the model stores transposed or interleaved are brought
     to (E, N, K), gate rows first, as new parameters: make the optimizer afterwards. Raises ValueError as `quantize_`

@@ -161,8 +161,9 @@ def test_gradients_in_codes(name, device):
         want_up[e] = along_rows(dpre, act).T @ along_rows(wide[mine], act)
         dx.index_add_(0, token[mine], oracle.quantized(dpre, act) @ turned[0][e])
     for got, want in ((trained[0].grad, want_up), (trained[1].grad, want_down), (xd.grad, dx)):
-        # codes near a tie turn over where fp32 and float64 differ, half a unit of three bits each
-        assert (got.cpu().double() - want).norm() <= (3e-3 if dtype == torch.float32 else 2e-2) * want.norm()
+        # Codes near a tie turn over where fp32 and float64 differ, half a unit of three bits each. bf16 rounds what is
+        # encoded by 2^-9 first: that turns one of 16 codes over, at three places one after the other.
+        assert (got.cpu().double() - want).norm() <= (3e-3 if dtype == torch.float32 else 5e-2) * want.norm()
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS[n].quantized])

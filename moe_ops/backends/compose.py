@@ -104,17 +104,17 @@ def experts_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, topk_weights, both biases and both float weights; of those not needed, empty ones.
 
-    Recomputes what it needs from x. What is quantized passes gradients straight through: they are those of its values.
-    With g the gradient of y and w the router weight of a row (of x where that is weighed, which is 1 then on h):
+    Recomputes from x. What is quantized passes gradients straight through. With g that of y, w a row's router weight:
 
         dh = g W2,  dw = dh . q(h) + g . b2,  dpre = act'(pre) w dh,  dx = dpre W1,  dW2 = g^T (w h),  dW1 = dpre^T x
     """
-    top_k, wants = topk_ids.shape[1], dict(zip(("x", "w", "b1", "b2", "W1", "W2"), need, strict=True))
+    top_k, on_input = topk_ids.shape[1], router_weight_on_input
+    wants = dict(zip(("x", "w", "b1", "b2", "W1", "W2"), need, strict=True))
     order, offsets = parts.sort_by_expert(topk_ids, up.qdata.shape[0])
     in_order, gathered = Rows(offsets), Rows(offsets, read=order, top_k=top_k)
     w = topk_weights.float().reshape(-1)[order][:, None]  # (R, 1) sorted
     x_in, x_rows = x, gathered
-    if router_weight_on_input:
+    if on_input:
         x_in, x_rows = (routing.permute(x, order, top_k).float() * w).to(x.dtype), in_order  # (R, H)
     pre = _project(parts, x_in, up, x_rows, None, fmt, False)  # (R, 2I), gate first, rounded as in the forward
     h = run_gate(gate, pre) if wants["w"] or wants["W2"] else pre.new_empty(0)  # (R, I)
@@ -123,17 +123,17 @@ def experts_backward(
     wgrad = partial(_wgrad, parts, offsets=offsets, top_k=top_k, grad_fmt=grad_fmt)
     if wants["W2"] or wants["w"]:
         h = _seen(parts, Operand(h), down, in_order, fmt)[0].float()
-    if not router_weight_on_input:
+    if not on_input:
         if wants["w"]:
             dots = (grad_h * h).sum(-1) + _bias_dots(grad, down, order, offsets, top_k)
             out["w"] = _to_slots(_owned(dots, offsets), order, topk_weights)
         grad_h, h = grad_h * w, h * w if wants["W2"] else h
     if wants["b2"]:
         rows = routing.permute(grad, order, top_k).float()  # (R, H)
-        out["b2"] = _bias_grad(rows if router_weight_on_input else rows * w, offsets, down)
+        out["b2"] = _bias_grad(rows if on_input else rows * w, offsets, down)
     if wants["W2"]:
         out["W2"] = wgrad(grad, h.to(x.dtype), down, grad_read=order)
-    if not (wants["x"] or wants["b1"] or wants["W1"] or (wants["w"] and router_weight_on_input)):
+    if not (wants["x"] or wants["b1"] or wants["W1"] or (wants["w"] and on_input)):
         return tuple(out.values())
     grad_pre = activation_grad(gate, pre, grad_h)  # (R, 2I)
     if wants["b1"]:
@@ -141,14 +141,13 @@ def experts_backward(
     if wants["W1"]:
         seen, rows_in = _seen(parts, Operand(x_in), up, x_rows, fmt)
         out["W1"] = wgrad(grad_pre, seen.to(x.dtype), up, x_read=rows_in.read)
-    if router_weight_on_input and (wants["x"] or wants["w"]):
-        grad_x = _back(parts, grad_pre, up, in_order, fmt, grad_fmt, x.dtype)  # (R, H) sorted
-        dots = _row_dots(grad_x, routing.permute(x, order, top_k), offsets)
-        out["w"] = _to_slots(dots, order, topk_weights)
+    back = partial(_back, parts, grad_pre, up, fmt=fmt, grad_fmt=grad_fmt, dtype=x.dtype)
+    if on_input and (wants["x"] or wants["w"]):
+        grad_x = back(in_order)  # (R, H) sorted
+        out["w"] = _to_slots(_row_dots(grad_x, routing.permute(x, order, top_k), offsets), order, topk_weights)
         out["x"] = parts.combine(routing.unpermute((grad_x.float() * w).to(x.dtype), order), top_k)
     elif wants["x"]:
-        grad_x = _back(parts, grad_pre, up, Rows(offsets, write=order), fmt, grad_fmt, x.dtype)  # (R, H) slots
-        out["x"] = parts.combine(grad_x, top_k)
+        out["x"] = parts.combine(back(Rows(offsets, write=order)), top_k)  # of (R, H) slots
     return tuple(out.values())
 
 

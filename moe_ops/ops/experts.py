@@ -12,7 +12,7 @@ from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
 from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight, make_gate
 from .library import define, gradient, needs_grad, no_gradient
-from .wgrad import check_frozen, check_training, gradient_format, trained
+from .wgrad import check_frozen, check_training, gradient_format
 
 _TENSORS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
@@ -108,9 +108,8 @@ def experts_backward(
     assert gate is not None
     up, down = _weights(fmt, tuple(tensors), gated, interleaved)
     if not topk_ids.numel():
-        biases = [grad.new_zeros(w.qdata.shape[:2], dtype=torch.float32) for w in (up, down)]
-        weights = [torch.zeros_like(trained(w)) for w in (up, down)]
-        grads: Any = torch.zeros_like(x), torch.zeros_like(topk_weights), *biases, *weights
+        empty: Any = _backward_fake(grad, x, topk_ids, topk_weights, *tensors_and_need)
+        grads: Any = [g.zero_() for g in empty]
     else:
         impl = select(_problem("experts_backward", x, up, fmt, gate), backend)
         grads = impl.fn(grad.contiguous(), x.contiguous(), topk_ids, topk_weights, up, down, fmt, gate,
@@ -129,7 +128,7 @@ def _backward_fake(grad: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tens
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
-    check_frozen(keyword_only_inputs["format"], *inputs[3:5])
+    check_frozen(keyword_only_inputs["format"], *inputs[3:9])
     ctx.save_for_backward(*inputs)
     ctx.options = {k: v for k, v in keyword_only_inputs.items() if k != "batch_invariant"}
 

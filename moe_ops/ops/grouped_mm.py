@@ -267,7 +267,7 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
-    check_frozen(keyword_only_inputs["format"], inputs[1])
+    check_frozen(keyword_only_inputs["format"], inputs[1], *inputs[3:5])
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
 

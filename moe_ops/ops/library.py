@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moe_ops", "DEF")
 
@@ -15,7 +16,14 @@ def define(schema: str, impl: Callable, fake: Callable) -> None:
     """One implementation for every device: it asks `select` for the backend. Inputs keep their strides."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+
+    @wraps(impl)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:  # torch would drop the tangents: a derivative of 0, in silence
+            raise NotImplementedError(f"moe_ops::{name} has no forward-mode derivative")
+        return impl(*args, **kwargs)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         _register_lowering()

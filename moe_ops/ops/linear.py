@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import Operand, Rows, Weight, select
 from ..formats import FORMATS
 from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight
-from .library import define, gradient, needs_grad
+from .library import define, gradient, needs_grad, no_gradient
 from .wgrad import check_frozen, check_training, gradient_format
 
 _ROWS = Rows(None)
@@ -88,7 +88,7 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
     x, weight, scale, global_scale, zero_point, bias, _, master = inputs
-    check_frozen(keyword_only_inputs["format"], weight)
+    check_frozen(keyword_only_inputs["format"], weight, scale, global_scale)
     trains = weight.requires_grad or (master is not None and master.requires_grad)
     ctx.save_for_backward(x if trains else None, weight, scale, global_scale, zero_point, master)
     ctx.options, ctx.bias_dtype = keyword_only_inputs, None if bias is None else bias.dtype
@@ -120,3 +120,4 @@ define(
     linear_backward, _backward_fake,
 )  # fmt: skip
 gradient("linear", _setup, _backward)
+no_gradient("linear_backward")

@@ -33,9 +33,9 @@ def _is_fp8(codec: Codec) -> bool:
     return codec.element.bits == 8 and codec.element.exponent_bits > 0
 
 
-def check_frozen(format: str, *weights: Tensor) -> None:
-    """ValueError for codes that ask for a gradient: it would be none, in silence."""
-    if FORMATS[format].quantized and any(w.requires_grad for w in weights):
+def check_frozen(format: str, *stored: Tensor | None) -> None:
+    """ValueError for codes and scales that ask for a gradient: it would be none, in silence."""
+    if FORMATS[format].quantized and any(t is not None and t.requires_grad for t in stored):
         raise ValueError(f"codes of format {format!r} have no gradient: what they were made of may have one, as master")
 
 
