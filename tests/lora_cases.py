@@ -40,7 +40,7 @@ def fill_(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
+            p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     return model
 
 
