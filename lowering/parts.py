@@ -19,7 +19,7 @@ from moe_ops.backends import compose, triton
 from moe_ops.backends.base import Operand
 from moe_ops.backends.triton_plan import Plan, Product, group_of
 from moe_ops.backends.triton_supports import supports
-from moe_ops.formats import Codec
+from moe_ops.formats import Codec, QuantizedTensor
 from moe_ops.formats.packing import unpack
 from moe_ops.kernels.arrange import CHUNK
 from moe_ops.kernels.configs import Config
@@ -90,6 +90,19 @@ class Parts(triton.Parts):
         if isinstance(rows, triton.Sums):
             return routing.combine(rows.parts, top_k, rows.dtype)
         return routing.combine(rows, top_k)
+
+    @staticmethod
+    def grouped_wgrad(
+        grad: Tensor, x: Tensor, offsets: Tensor | None, codec: Codec | None, *, num_experts: int,
+        out_dtype: torch.dtype, grad_read: Tensor | None = None, x_read: Tensor | None = None, top_k: int = 1,
+    ) -> Tensor:  # fmt: skip
+        return torch.ops.moe_ops.grouped_wgrad(grad, x, offsets, grad_read, x_read, top_k=top_k,
+                                               codec=codec and codec.name, out_dtype=out_dtype)  # fmt: skip
+
+    @staticmethod
+    def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedTensor:
+        q, scale, whole = torch.ops.moe_ops.quantize_weight(weight, codec.name, shards)
+        return QuantizedTensor(q, scale, None, whole if codec.global_scale else None, codec)
 
     @staticmethod
     def launch(p: Product, config: Config) -> Tensor:

@@ -174,7 +174,7 @@ class _Gated(torch.autograd.Function):
         return run_gate(gate, h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return activation_grad(ctx.gate, ctx.saved_tensors[0], grad), None
 
 

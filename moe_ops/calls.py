@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import QuantizedExperts
+from .storage import autocast
 
 
 class MaskedExperts(QuantizedExperts):
@@ -56,11 +57,11 @@ class GroupedLinear(QuantizedExperts):
     """One projection alone: rows that are sorted by expert, and how many each expert has."""
 
     def forward(self, rows: Tensor, sizes: Tensor | list[int]) -> Tensor:  # type: ignore[override]
-        """rows (R, K), sizes (E,) -> (R, N)."""
+        """rows (R, K), sizes (E,) -> (R, N) in the dtype of the rows, under autocast in its."""
         self.check_frozen()
         counts = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes)  # a list of unbacked ones, when compiled
         offsets = nn.functional.pad(counts.to(rows.device).cumsum(0), (1, 0)).int()  # (E + 1,)
-        return self._project(rows, self.spec.up, offsets)
+        return self._project(autocast(rows), self.spec.up, offsets)
 
 
 CALLS: dict[str, type[QuantizedExperts]] = {

@@ -18,7 +18,7 @@ from .activation import Gate, apply_gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
-from .storage import PARTS, Layout, QuantizedModule, carry_over, wrong_dtype
+from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters")
 
@@ -121,9 +121,12 @@ class QuantizedExperts(QuantizedModule):
         return self.routed(x, ids, weights).view(hidden.shape)
 
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool = False) -> Tensor:
-        """x (T, H), ids and weights (T, A) -> (T, H). `on_input`: the weights multiply x, not the result."""
+        """x (T, H), ids and weights (T, A) -> (T, H). `on_input`: the weights multiply x, not the result.
+
+        Under autocast experts compute in its type, and give x's all the same, as those of the models do.
+        """
         self.check_frozen()
-        spec = self.spec
+        spec, rows = self.spec, autocast(x)
         num_experts: Any = getattr(self, "num_experts", spec.num_experts)
         stored = getattr(self, spec.up).shape[0]
         local = torch.where((ids >= 0) & (ids < num_experts), ids, -1) if num_experts != stored else ids
@@ -132,13 +135,13 @@ class QuantizedExperts(QuantizedModule):
         if spec.row_dropout and not self.training:
             weights = weights * (1.0 - spec.row_dropout)
         if spec.gate is not None and spec.post_norm is None and not drops and not adapted:
-            out = self._fused(x, local, weights, on_input)
+            out = self._fused(rows, local, weights, on_input)
         elif on_input:
-            out = self._weighed(x, local, weights)
+            out = self._weighed(rows, local, weights)
         else:
-            out = self._unfused(x, local, weights)
+            out = self._unfused(rows, local, weights)
         if not spec.identities:
-            return out
+            return out.to(x.dtype)
         same = (ids >= spec.num_experts) & (ids < spec.num_experts + spec.identities)  # (T, A)
         share = torch.where(same, weights.float(), 0.0).sum(-1, keepdim=True)  # (T, 1)
         return (out.float() + x.float() * share).to(x.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
-from .storage import PARTS, Layout, QuantizedModule, carry_over, wrong_dtype
+from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "trainable")
 
@@ -53,11 +53,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype."""
+        """x (..., K) -> (..., N) in x's dtype, under autocast in its."""
         self.check_frozen()
         backend, invariant = resolve(self.backend)
         return torch.ops.moe_ops.linear(
-            x, self.weight, self.part("weight", "scale"), self.part("weight", "global_scale"),
+            autocast(x), self.weight, self.part("weight", "scale"), self.part("weight", "global_scale"),
             self.part("weight", "zero_point"), self.bias, self.part("weight", "input_scale"), format=self.format,
             backend=backend, batch_invariant=invariant,
         )  # fmt: skip

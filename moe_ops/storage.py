@@ -6,13 +6,16 @@ Each quantized weight `name` is a frozen parameter that holds codes, with its sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .backends.base import FLOATS
 from .formats import FORMATS, Format, QuantizedTensor, empty_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("scale", "global_scale", "zero_point", "input_scale")
@@ -87,16 +90,24 @@ class QuantizedModule(nn.Module):
         """Names of the parameters that hold codes and scales."""
         return [name for name, p in self._parameters.items() if p is not None and name in self._protected()]
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As nn.Module's for False, and where weights are floats. Codes have no gradient: ValueError, nothing changed.
+
+        Train the biases by name, adapters on this module, or the float model.
+        """
+        if requires_grad and self.quantization.quantized:
+            raise ValueError(_refusal(self.weight_names()[0], self.format))
+        return super().requires_grad_(requires_grad)
+
     def check_frozen(self) -> None:
-        """ValueError where codes or scales were asked for a gradient: they would never get one, without a word."""
+        """ValueError if codes or scales want a gradient that they would not get: torch lets float8 ask for one."""
         if not torch.is_grad_enabled() or not self.quantization.quantized:
             return
-        for name, p in self._parameters.items():
-            if p is not None and p.requires_grad and name in self._protected():
-                raise ValueError(
-                    f"{name} requires a gradient, and holds codes or scales of {self.format!r}: they have none. Set"
-                    " requires_grad_(False) on it, and train an adapter, what is float, or the float model"
-                )
+        for name in self.weight_names():
+            for part in ("", *(f"_{p}" for p in PARTS)):
+                stored = self._parameters.get(f"{name}{part}")
+                if stored is not None and stored.requires_grad:
+                    raise ValueError(_refusal(f"{name}{part}", self.format))
 
     def _protected(self) -> set[str]:
         return {n for name in self.weight_names() for n in (name, *(f"{name}_{p}" for p in PARTS))}
@@ -214,6 +225,21 @@ class QuantizedModule(nn.Module):
             key: t.squeeze(-1) for key, (t, p) in found.items()
             if t is not None and p is not None and t.shape == (*p.shape, 1)
         }  # fmt: skip
+
+
+def _refusal(name: str, format: str) -> str:
+    return (
+        f"{name} is stored in format {format!r}: codes and scales are frozen, they have no gradient. Leave their"
+        " requires_grad off, and train adapters on the module, or the float model"
+    )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the type in which autocast, where it is on, has an nn.Linear multiply."""
+    kind = x.device.type
+    if x.dtype not in FLOATS or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def wrong_dtype(*weights: Tensor | None) -> str | None:

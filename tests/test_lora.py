@@ -58,7 +58,7 @@ def test_experts_stored_under_names_of_our_own(family):
 
 
 def test_scales_several_adapters_and_none():
-    """use_rslora, rank and alpha patterns, two adapters at once, set_adapter, disable_adapter, delete_adapter, unload."""
+    """use_rslora, rank and alpha patterns, two adapters at once, set_, disable_ and delete_adapter, unload."""
     model = cases.quantized("qwen3_moe")
     floats = cases.same_in_float(model)
     x, bare = tiny.inputs(model), tiny.run(model)
@@ -192,7 +192,7 @@ def test_no_matrix_of_an_expert_is_made():
 
 
 def test_quantized_under_adapters_that_were_there():
-    """quantize_ of a model that PEFT has wrapped: its layers take codes from then on, and dequantize_ gives them back."""
+    """quantize_ of a model that PEFT has wrapped: its layers become ours, and PEFT's again after dequantize_."""
     model = tiny.build("gpt_oss")
     mine = cases.adapted(model, target_modules=["q_proj"])
     kinds = [type(m) for m in mine.modules()]
@@ -222,7 +222,7 @@ def test_transformers_own_way_to_add_adapters(tmp_path):
 
 
 def test_adapters_for_experts_that_were_modules_of_their_own(tmp_path):
-    """Files made with transformers 4, an adapter for each expert's w1, w2 and w3: PEFT converts them, here as elsewhere."""
+    """Files made with transformers 4, an adapter for each expert's w1, w2 and w3: PEFT converts them."""
     from safetensors.torch import save_file
 
     model = cases.quantized("mixtral")

@@ -11,6 +11,7 @@ import torch
 
 import moe_ops
 from moe_ops.formats import FORMATS, quantize_weight
+from moe_ops.streaming import streams
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -33,8 +34,7 @@ def storage(model):
 
 def stored(model):
     """The quantized modules of a model with or without adapters, by name."""
-    found = model.named_modules()
-    return {n.replace(".base_layer", ""): m for n, m in found if isinstance(m, moe_ops.QuantizedExperts | moe_ops.QuantizedLinear)}
+    return {name.replace(".base_layer", ""): m for name, m in streams(model)}
 
 
 def weights(module):
@@ -61,7 +61,8 @@ def test_merged(family, fmt):
         if "experts" not in name and "q_proj" not in name:
             continue
         summed = stored(moe_ops.quantize_(copy.deepcopy(theirs), "bf16")).get(name) or theirs.get_submodule(name)
-        exact = weights(summed) if isinstance(summed, moe_ops.QuantizedExperts) else {"weight": (summed.weight[None], 1)}
+        is_linear = isinstance(summed, torch.nn.Linear)
+        exact = {"weight": (summed.weight[None], 1)} if is_linear else weights(summed)
         for key, (got, shards) in weights(m).items():
             q = quantize_weight(codec, exact[key][0].detach(), shards)
             if codec.block is not None:
@@ -128,8 +129,8 @@ def test_what_is_merged_together_is_rounded_once():
     moved = {}
     for names in (["default", "other"], ["default"], ["other"]):
         mine.merge_adapter(names)
-        after = {name: weights(m) for name, m in stored(mine).items()}
-        moved[len(names)] = [n for n in after if any(not torch.equal(w, before[n][k][0]) for k, (w, _) in after[n].items())]
+        pairs = [(name, weights(m), before[name]) for name, m in stored(mine).items()]
+        moved[len(names)] = [n for n, now, was in pairs if any(not torch.equal(now[k][0], was[k][0]) for k in was)]
         if len(names) == 2:
             mine.unmerge_adapter()
     assert not moved[2] and len(moved[1]) == 2

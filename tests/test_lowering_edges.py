@@ -61,7 +61,7 @@ def test_strides_of_a_scale_are_those_that_the_compiler_chose():
 
 def test_gradients_of_biases():
     def fn(grad, x, ids, weights, up, s1, down, s2, b1, b2):
-        rest = (None, None, None, None, b1, b2, None, None, [True] * 4)
+        rest = (None, None, None, None, b1, b2, None, None, None, None, [True] * 4 + [False] * 2)
         return OPS.experts_backward(grad, x, ids, weights, up, down, s1, s2, *rest, format="fp8")
 
     def make():

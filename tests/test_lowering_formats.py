@@ -92,7 +92,7 @@ def test_linear_backward(name):
     n, k = 768, 512
 
     def fn(grad, weights):
-        return OPS.linear_backward(grad, *weights, None, format=name)
+        return OPS.linear_backward(grad, None, *weights, None, None, name, None, [True, False])[0]
 
     with fake_gpu(90):
         source = generated(*flat(fn, lambda: [empty(16, n), matrix(name, n, k)]))

@@ -54,7 +54,7 @@ def test_experts_options(options, device):
 @turns("need", [[True] * 4, [True, False, False, False], [False, True, False, True], [False, False, True, False]])
 def test_experts_backward(name, need, device):
     (x, *args), options = experts_case(name, device, False)
-    opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, need), options)
+    opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, None, None, [*need, False, False]), options)
 
 
 def product_case(name, device, grad, shards=1):
@@ -97,7 +97,7 @@ def test_grouped_mm_of_codes(codec, device):
 @turns("need", [[True] * 3, [True, False, False], [False, True, False], [False, False, True], [True, False, True]])
 def test_grouped_mm_backward(name, need, device):
     args = product_case(name, device, False)
-    scalars = (name, 1, 2, "silu", False, False, None, None, None, need)
+    scalars = (None, name, 1, 2, "silu", False, False, None, None, None, None, [*need, False])
     opcheck(OPS.grouped_mm_backward.default, (torch.randn(10, args[1].shape[1], device=device), *args, *scalars))
 
 
@@ -111,7 +111,8 @@ def test_linear(name, grad, device):
     weight = [t if t is None else t.to(device) for t in (q.qdata, q.scale, q.global_scale, None)]
     opcheck(OPS.linear.default, (x, *weight, bias), {"format": name})
     if not grad:
-        opcheck(OPS.linear_backward.default, (torch.randn(2, 3, 24, device=device), *weight, name))
+        args = (torch.randn(2, 3, 24, device=device), None, *weight, None, name, None, [True, False])
+        opcheck(OPS.linear_backward.default, args)
 
 
 STATIC = [None, (), (2, 3, 1)]
@@ -137,6 +138,31 @@ def test_routing(device):
         opcheck(OPS.combine.default, (rows, 3))
 
 
+@pytest.mark.parametrize("codec", [None, "e4m3_row", "mxfp8"])
+def test_grouped_wgrad(codec, device):
+    offsets, rows = torch.tensor([0, 3, 10], dtype=torch.int32, device=device), torch.arange(9, -1, -1, device=device)
+    grad, x = torch.randn(10, 8, device=device), torch.randn(5, 24, device=device)
+    options = {"top_k": 2, "codec": codec, "out_dtype": torch.bfloat16}
+    opcheck(OPS.grouped_wgrad.default, (grad, x, offsets, None, rows.int()), options)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].quantized and "/" not in name])
+def test_quantize_weight(name, device):
+    codec = FORMATS[name].weight
+    opcheck(OPS.quantize_weight.default, (torch.randn(2, 16, fit(name, 40)[0], device=device), codec.name, 2), {})
+
+
+@turns("need", [[True, False], [False, True], [True, True]])
+def test_masters(name, need, device):
+    (x, *args), options = experts_case(name, device, False)
+    layer = Layer(name, 3, *fit(name, 16, 24))
+    fmt = FORMATS[name]
+    masters = [torch.randn(*t.shape[:2], fmt.weight.columns(t.shape[2]), device=device) for t in args[2:4]]
+    given = masters if fmt.quantized else (None, None)
+    need = [True, False, False, False, *need]
+    assert layer and opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, *given, need), options) is None
+
+
 def test_divide(device):
     opcheck(OPS.divide.default, (torch.randn(3, 5, device=device), torch.rand(3, 1, device=device) + 0.5))
 
@@ -144,7 +170,8 @@ def test_divide(device):
 def test_every_op_is_checked():
     """But for the one that only generated code calls, `_product`: test_lowering_parts.py runs it."""
     checked = {"experts", "experts_backward", "grouped_mm", "grouped_mm_backward", "linear", "linear_backward",
-               "quantize", "sort_by_expert", "permute", "unpermute", "combine", "divide"}  # fmt: skip
+               "quantize", "sort_by_expert", "permute", "unpermute", "combine", "divide", "grouped_wgrad",
+               "quantize_weight"}  # fmt: skip
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_ops::")}
     assert {name.removeprefix("moe_ops::") for name in defined} - {"_product"} == checked
 

@@ -99,47 +99,108 @@ def _weigh_input(x: Tensor, order: Tensor, weights: Tensor | None, top_k: int) -
 
 def experts_backward(
     parts: Any, grad: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Weight, down: Weight, fmt: Format,
-    gate: Gate, *, router_weight_on_input: bool = False, need: tuple[bool, bool, bool, bool] = (True,) * 4,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, topk_weights and both biases, those not needed empty. Recomputes what it needs from x.
+    gate: Gate, *, router_weight_on_input: bool = False, need: tuple[bool, ...] = (True,) * 6,
+    grad_fmt: Format | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, topk_weights, both biases and both float weights; of those not needed, empty ones.
 
-    Quantized activations pass gradients straight through; weights act as their dequantized values.
+    Recomputes what it needs from x. What is quantized passes gradients straight through: they are those of its values.
+    With g the gradient of y and w the router weight of a row (of x where that is weighed, which is 1 then on h):
+
+        dh = g W2,  dw = dh . q(h) + g . b2,  dpre = act'(pre) w dh,  dx = dpre W1,  dW2 = g^T (w h),  dW1 = dpre^T x
     """
-    top_k, num_rows = topk_ids.shape[1], topk_ids.numel()
+    top_k, wants = topk_ids.shape[1], dict(zip(("x", "w", "b1", "b2", "W1", "W2"), need, strict=True))
     order, offsets = parts.sort_by_expert(topk_ids, up.qdata.shape[0])
-    sorted_rows = Rows(offsets)
-    weights = topk_weights.float().reshape(-1)[order]  # (R,) sorted
-    x_rows = routing.permute(x, order, top_k)  # (R, H)
-    x_in = (x_rows.float() * weights[:, None]).to(x.dtype) if router_weight_on_input else x_rows
-    pre = _project(parts, x_in, up, sorted_rows, None, fmt, False)  # (R, 2I), gate first, rounded as in the forward
-    grad_rows = routing.permute(grad, order, top_k)  # (R, H)
-    grad_weights = x.new_empty(0)
-    if need[1] and not router_weight_on_input:
-        h = run_gate(gate, pre)
-        y = grouped_mm(parts, Operand(h), down, sorted_rows, None, fmt, out_dtype=torch.float32)  # (R, H)
-        grad_weights = _row_dots(grad_rows, y, offsets)
-    if not router_weight_on_input:
-        grad_rows = (grad_rows.float() * weights[:, None]).to(x.dtype)
-    grad_down_bias = _bias_grad(grad_rows, offsets, down) if need[3] else x.new_empty(0)
-    back = {"out_dtype": x.dtype, "transpose": True}
-    grad_h = parts.grouped_mm(Operand(grad_rows), down, sorted_rows, None, fmt, **back)  # (R, I)
-    grad_pre = activation_grad(gate, pre, grad_h)
-    grad_up_bias = _bias_grad(grad_pre, offsets, up) if need[2] else x.new_empty(0)
-    if not need[0] and not (need[1] and router_weight_on_input):
-        return x.new_empty(0), _to_slots(grad_weights, order, topk_weights), grad_up_bias, grad_down_bias
-    grad_x = parts.grouped_mm(Operand(grad_pre), up, sorted_rows, None, fmt, **back)  # (R, H)
+    in_order, gathered = Rows(offsets), Rows(offsets, read=order, top_k=top_k)
+    w = topk_weights.float().reshape(-1)[order][:, None]  # (R, 1) sorted
+    x_in, x_rows = x, gathered
     if router_weight_on_input:
-        grad_weights = _row_dots(grad_x, x_rows, offsets) if need[1] else grad_weights
-        grad_x = (grad_x.float() * weights[:, None]).to(x.dtype)
-    grad_x = parts.combine(routing.unpermute(grad_x, order), top_k) if num_rows else torch.zeros_like(x)
-    return grad_x, _to_slots(grad_weights, order, topk_weights), grad_up_bias, grad_down_bias
+        x_in, x_rows = (routing.permute(x, order, top_k).float() * w).to(x.dtype), in_order  # (R, H)
+    pre = _project(parts, x_in, up, x_rows, None, fmt, False)  # (R, 2I), gate first, rounded as in the forward
+    h = run_gate(gate, pre) if wants["w"] or wants["W2"] else pre.new_empty(0)  # (R, I)
+    grad_h = _back(parts, grad, down, gathered, fmt, grad_fmt, torch.float32)  # (R, I)
+    out = dict.fromkeys(wants, x.new_empty(0))
+    wgrad = partial(_wgrad, parts, offsets=offsets, top_k=top_k, grad_fmt=grad_fmt)
+    if wants["W2"] or wants["w"]:
+        h = _seen(parts, Operand(h), down, in_order, fmt)[0].float()
+    if not router_weight_on_input:
+        if wants["w"]:
+            dots = (grad_h * h).sum(-1) + _bias_dots(grad, down, order, offsets, top_k)
+            out["w"] = _to_slots(_owned(dots, offsets), order, topk_weights)
+        grad_h, h = grad_h * w, h * w if wants["W2"] else h
+    if wants["b2"]:
+        rows = routing.permute(grad, order, top_k).float()  # (R, H)
+        out["b2"] = _bias_grad(rows if router_weight_on_input else rows * w, offsets, down)
+    if wants["W2"]:
+        out["W2"] = wgrad(grad, h.to(x.dtype), down, grad_read=order)
+    if not (wants["x"] or wants["b1"] or wants["W1"] or (wants["w"] and router_weight_on_input)):
+        return tuple(out.values())
+    grad_pre = activation_grad(gate, pre, grad_h)  # (R, 2I)
+    if wants["b1"]:
+        out["b1"] = _bias_grad(grad_pre, offsets, up)
+    if wants["W1"]:
+        seen, rows_in = _seen(parts, Operand(x_in), up, x_rows, fmt)
+        out["W1"] = wgrad(grad_pre, seen.to(x.dtype), up, x_read=rows_in.read)
+    if router_weight_on_input and (wants["x"] or wants["w"]):
+        grad_x = _back(parts, grad_pre, up, in_order, fmt, grad_fmt, x.dtype)  # (R, H) sorted
+        dots = _row_dots(grad_x, routing.permute(x, order, top_k), offsets)
+        out["w"] = _to_slots(dots, order, topk_weights)
+        out["x"] = parts.combine(routing.unpermute((grad_x.float() * w).to(x.dtype), order), top_k)
+    elif wants["x"]:
+        grad_x = _back(parts, grad_pre, up, Rows(offsets, write=order), fmt, grad_fmt, x.dtype)  # (R, H) slots
+        out["x"] = parts.combine(grad_x, top_k)
+    return tuple(out.values())
+
+
+def _back(
+    parts: Any, grad: Tensor, w: Weight, rows: Rows, fmt: Format, grad_fmt: Format | None, dtype: torch.dtype
+) -> Tensor:
+    """Rows of grad (., N) . W (N, K): with W as it is stored, or with both quantized along N."""
+    if grad_fmt is None:
+        return parts.grouped_mm(Operand(grad), w, rows, None, fmt, out_dtype=dtype, transpose=True)
+    assert w.master is not None
+    q = parts.quantize_weight(grad_fmt.weight, w.master.transpose(1, 2).contiguous())  # (E, K, N)
+    turned = Weight(q.qdata, q.scale, q.global_scale)
+    return grouped_mm(parts, Operand(grad), turned, rows, None, grad_fmt, out_dtype=dtype)
+
+
+def _wgrad(parts: Any, grad: Tensor, x: Tensor, w: Weight, *, grad_fmt: Format | None, **rows: Any) -> Tensor:
+    """(E, N, K) in the dtype of the float weight, its rows in the order in which they are stored."""
+    codec, weight = grad_fmt and grad_fmt.activation, w.qdata if w.master is None else w.master
+    out = parts.grouped_wgrad(
+        grad.contiguous(), x, rows.pop("offsets"), codec, num_experts=weight.shape[0], out_dtype=weight.dtype, **rows
+    )
+    return interleave(out.mT).mT.contiguous() if w.interleaved else out
+
+
+def _seen(parts: Any, x: Operand, w: Weight, rows: Rows, fmt: Format) -> tuple[Tensor, Rows]:
+    """The numbers that a product multiplies, those of codes if it quantizes x, and where its rows are in them."""
+    codec = fmt.activation
+    if codec is None:
+        return x.data, rows
+    if x.scale is None:
+        x, rows = quantize_rows(parts, x.data, w, rows, codec)
+    values, scale = codec.decode(x.data), x.scale
+    assert scale is not None
+    scale = codec.spread(scale.float(), *values.shape) if scale.ndim and scale.shape[-1] > 1 else scale.float()
+    values = values * scale
+    return values if x.global_scale is None else values * x.global_scale, rows
+
+
+def _bias_dots(grad: Tensor, w: Weight, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    """grad[t] . bias[e] of every sorted row (R,): (T, E) of them all first, for H is long and a row is read A times."""
+    if w.bias is None:
+        return grad.new_zeros((), dtype=torch.float32)
+    every = grad.float() @ w.bias.float().T  # (T, E)
+    owner = routing.experts_of_rows(offsets, order.shape[0]).clamp(max=w.bias.shape[0] - 1)
+    return every[(order // top_k).long(), owner]
 
 
 def grouped_mm_backward(
     parts: Any, grad: Tensor, x: Operand, w: Weight, rows: Rows, gate: Gate | None, fmt: Format, *,
-    need: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (its rows, of K numbers), bias (E, N) and the row weights; those not needed are empty."""
+    need: tuple[bool, ...] = (True,) * 4, grad_fmt: Format | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x (its rows, of K numbers), bias (E, N), the row weights and the float weight; else empty."""
     dtype, empty = grad.dtype, grad.new_empty(0)
     plain = Rows(rows.offsets, rows.read, None, None, rows.top_k)  # sorted rows out
     grad_rows = grad if rows.write is None else grad.index_select(0, rows.write)  # (R, N) sorted
@@ -155,18 +216,27 @@ def grouped_mm_backward(
         pre = grouped_mm(parts, x, w, plain, None, fmt, out_dtype=dtype)
         grad_rows = activation_grad(gate, pre, grad_rows)
     grad_bias = _bias_grad(grad_rows, rows.offsets, w) if need[1] else empty
+    grad_w = empty
+    if need[3]:
+        seen, rows_in = _seen(parts, x, w, plain, fmt)
+        grad_w = _wgrad(parts, grad_rows, seen.to(dtype), w, offsets=rows.offsets, x_read=rows_in.read,
+                        top_k=rows.top_k, grad_fmt=grad_fmt)  # fmt: skip
     if not need[0]:
-        return empty, grad_bias, grad_weights
-    back = parts.grouped_mm(Operand(grad_rows), w, Rows(rows.offsets), None, fmt, out_dtype=dtype, transpose=True)
+        return empty, grad_bias, grad_weights, grad_w
+    back = _back(parts, grad_rows, w, Rows(rows.offsets), fmt, grad_fmt, dtype)
     if rows.read is not None:  # rows read more than once: summed in a fixed order
         back = grad.new_zeros(x.data.shape[0], back.shape[1], dtype=torch.float32).index_put(
             ((rows.read // rows.top_k).long(),), back.float(), accumulate=True)  # fmt: skip
-    return back.to(dtype), grad_bias, grad_weights
+    return back.to(dtype), grad_bias, grad_weights, grad_w
 
 
 def _row_dots(a: Tensor, b: Tensor, offsets: Tensor | None) -> Tensor:
-    """(R, N) sorted, twice -> (R,) fp32; 0 for rows that no expert owns, even where they hold NaN."""
-    dots = (a.float() * b.float()).sum(-1)
+    """(R, N) sorted, twice -> (R,) fp32."""
+    return _owned((a.float() * b.float()).sum(-1), offsets)
+
+
+def _owned(dots: Tensor, offsets: Tensor | None) -> Tensor:
+    """(R,) sorted, with 0 for rows that no expert owns, even where they hold NaN."""
     if offsets is None:
         return dots
     return torch.where(torch.arange(dots.shape[0], device=dots.device) < offsets[-1], dots, 0.0)

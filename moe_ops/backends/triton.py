@@ -47,8 +47,9 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
     if x.numel():
         encoders, element = ENCODE if native else ENCODE_BITS, codec.element
         quantize_kernels.quantize(
-            x, scale, as_bytes(q, native), as_bytes(s, native), g, group, (*bits_of(element), element.max), element.bits,
-            math.floor(math.log2(element.max)), torch.finfo(codec.scale_dtype).max if codec.global_scale else None,
+            x, scale, as_bytes(q, native), as_bytes(s, native), g, group, (*bits_of(element), element.max),
+            element.bits, math.floor(math.log2(element.max)),
+            torch.finfo(codec.scale_dtype).max if codec.global_scale else None,
             encoders.get(element.name, to_minifloat), encoders["e4m3"], RULES[codec.scale_rule.__name__],
         )  # fmt: skip
     return Operand(q, s, g)
@@ -186,7 +187,7 @@ class Parts:
         arch = arch_of(x.device)
         plan = plan_of(fmt, x.dtype if operand.scale is None else out_dtype, operand.scale is not None, k, arch)
         if transpose:
-            assert rows.read is None and rows.write is None and rows.weights is None, "gradients stay in sorted order"
+            assert rows.weights is None, "a gradient is weighed before or after"
             prepared = Prepared(x if x.stride(-1) == 1 else x.contiguous())
             if weight.qdata.stride(-1) != 1:
                 weight = replace(weight, qdata=weight.qdata.contiguous())

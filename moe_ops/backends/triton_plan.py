@@ -220,7 +220,7 @@ class Product:
         x, w, rows, (along_k, channel) = self.x, self.w, self.rows, self.scales
         if self.transpose:
             return {"x_ptr": x.data, "w_ptr": w.qdata, "ws_ptr": w.scale, "wg_ptr": w.global_scale,
-                    "offsets_ptr": rows.offsets}  # fmt: skip
+                    "offsets_ptr": rows.offsets, "read_ptr": rows.read, "write_ptr": rows.write}  # fmt: skip
         return {
             "x_ptr": x.data, "xs_ptr": x.along_k, "xr_ptr": x.each, "w_ptr": w.qdata, "ws_ptr": along_k,
             "wc_ptr": channel, "bias_ptr": w.bias, "offsets_ptr": rows.offsets, "read_ptr": rows.read,
@@ -255,7 +255,8 @@ class Product:
         w, s, g = self.w, self.w.scale, self.w.global_scale
         return {
             "E": w.qdata.shape[0], "C": w.qdata.shape[1], "K": self.k, "shard_rows": w.qdata.shape[1] // w.shards,
-            "stride_xm": self.x.data.stride(0), "stride_we": w.qdata.stride(0), "stride_wn": w.qdata.stride(1),
+            "top_k": self.rows.top_k, "stride_xm": self.x.data.stride(0),
+            "stride_we": w.qdata.stride(0), "stride_wn": w.qdata.stride(1),
             "stride_wse": stride(s, 0), "stride_wsn": stride(s, 1),
             "stride_wsk": stride(s, 2) if s is not None and s.ndim == 3 else 0,
             "stride_wge": stride(g, 0), "stride_wgn": stride(g, 1),
@@ -266,7 +267,8 @@ class Product:
         weight, plan = self.fmt.weight, self.plan
         shared = {
             "MMA": plan.dot, "DECODE": plan.decode, "ELEMENT": bits_of(weight.element), "BITS": weight.element.bits,
-            "KIND": kind_of(None if self.w.scale is None else self.w.scale.dtype), "GROUP_N": self._group_n(), "INTERLEAVED": self.w.interleaved,
+            "KIND": kind_of(None if self.w.scale is None else self.w.scale.dtype), "GROUP_N": self._group_n(),
+            "INTERLEAVED": self.w.interleaved,
             "E_BLOCK": triton.next_power_of_2(self.w.qdata.shape[0]), "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,
         }  # fmt: skip

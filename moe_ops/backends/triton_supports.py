@@ -57,7 +57,9 @@ _RULES: dict[Any, tuple[torch.dtype, bool]] = {
 
 def codecs_of(problem: Problem) -> list[Codec]:
     """How the tensors of a problem are stored."""
-    if problem.op == "quantize":
+    if problem.op in ("quantize", "grouped_wgrad"):
         return [FORMATS.codec(problem.format)]
+    if problem.op == "quantize_weight":  # what no kernel stores, torch does
+        return []
     fmt = FORMATS[problem.format]
     return [codec for codec in (fmt.weight, fmt.activation) if codec is not None]

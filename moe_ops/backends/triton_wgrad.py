@@ -50,8 +50,10 @@ def grouped_wgrad(
 
 def _of_numbers(dtype: torch.dtype) -> tuple[Kind, dict[str, Any]]:
     wide = interpreted() or dtype == torch.float32
-    constants = {"MMA": tl.float32 if wide else TL[dtype], "WHOLE": False}
-    return Kind("fp32" if wide else "bf16", wgrad=True), constants | dict.fromkeys(("DECODE", "ELEMENT", "KIND", "GROUP"))
+    absent = dict.fromkeys(("DECODE", "ELEMENT", "KIND", "GROUP"))
+    return Kind("fp32" if wide else "bf16", wgrad=True), {
+        "MMA": tl.float32 if wide else TL[dtype], "WHOLE": False, **absent,
+    }  # fmt: skip
 
 
 def _of_codes(codec: Codec, arch: int) -> tuple[Kind, dict[str, Any]]:
@@ -76,8 +78,9 @@ def _columns(
     q = torch.empty(blocks, c, WGRAD_ROWS, dtype=element.storage, device=x.device)
     s = torch.empty(blocks, WGRAD_ROWS // codec.block[1], c, dtype=codec.scale_dtype, device=x.device)
     kernels.quantize_columns(
-        x, read, offsets, as_bytes(q, native), as_bytes(s, native), num_rows, num_experts, top_k, codec.block[1], (*bits_of(element), element.max),
-        math.floor(math.log2(element.max)), (ENCODE if native else ENCODE_BITS).get(element.name, to_minifloat),
+        x, read, offsets, as_bytes(q, native), as_bytes(s, native), num_rows, num_experts, top_k, codec.block[1],
+        (*bits_of(element), element.max), math.floor(math.log2(element.max)),
+        (ENCODE if native else ENCODE_BITS).get(element.name, to_minifloat),
         RULES[codec.scale_rule.__name__],
     )  # fmt: skip
     return q, s

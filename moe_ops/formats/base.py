@@ -52,7 +52,8 @@ class QuantizedTensor:
     def expert(self, e: int) -> QuantizedTensor:
         """One of a stack of experts (E, S*N, K), as a stack of one. Views."""
         parts = (self.scale, self.zero_point, self.global_scale)
-        return QuantizedTensor(self.qdata[e : e + 1], *(None if t is None else t[e : e + 1] for t in parts), self.codec)
+        scale, zero, whole = (None if t is None else t[e : e + 1] for t in parts)
+        return QuantizedTensor(self.qdata[e : e + 1], scale, zero, whole, self.codec)
 
 
 @dataclass(frozen=True, kw_only=True)

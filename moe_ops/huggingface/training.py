@@ -48,7 +48,9 @@ def check(model: nn.Module) -> None:
 
 def check_batch(trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> None:
     """Raises ValueError for an empty batch, of which models say no more than that a reshape failed."""
-    empty = [key for key, t in inputs.items() if isinstance(t, Tensor) and not t.numel()] if _ours(trainer, inputs) else []
+    if not _ours(trainer, inputs):
+        return
+    empty = [key for key, t in inputs.items() if isinstance(t, Tensor) and not t.numel()]
     if empty:
         raise ValueError(f"empty batch: {empty[0]} is {tuple(inputs[empty[0]].shape)}")
 

@@ -1,8 +1,8 @@
 """dW[e] = sum over the rows i of expert e of grad[i]^T x[i]: the gradient of a grouped product's weights.
 
-R sorted rows, E experts, N channels, K columns, C columns of either operand. In low precision both operands are codes in
-blocks of 128 rows of one expert (block, C, 128): along the contraction, which is the rows, they are contiguous, and so
-their scales (block, 128 / GROUP, C) never join two experts. Blocks are numbered as tiles are (tile.py, `find_rows`).
+R sorted rows, E experts, N channels, K columns, C columns of either operand. In low precision both operands are codes
+in blocks of 128 rows of one expert (block, C, 128), contiguous along the contraction, which is the rows; their scales
+(block, 128 / GROUP, C) never join two experts. Blocks are numbered as tiles are (tile.py, `find_rows`).
 """
 
 from __future__ import annotations

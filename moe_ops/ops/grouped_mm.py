@@ -15,6 +15,7 @@ from ..backends.base import FLOATS, Operand, Problem, Rows, Weight, arch_of, sel
 from ..formats import FORMATS, Codec, Format
 from .library import define, gradient, needs_grad, no_gradient
 from .quantize import check_static
+from .wgrad import check_frozen, check_training, gradient_format
 
 _WEIGHT = (
     "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, Tensor? bias=None"
@@ -173,10 +174,11 @@ def grouped_mm(
     x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None = None,
     weight_global_scale: Tensor | None = None, weight_zero_point: Tensor | None = None, bias: Tensor | None = None,
     x_scale: Tensor | None = None, x_global_scale: Tensor | None = None, rows_in: Tensor | None = None,
-    rows_out: Tensor | None = None, row_weights: Tensor | None = None, *, format: str, shards: int = 1,
-    transpose: bool = False, top_k: int = 1, activation: str = "none", gated: bool = True, interleaved: bool = False,
-    alpha: float | None = None, beta: float | None = None, limit: float | None = None,
-    out_dtype: torch.dtype | None = None, backend: str = "auto", batch_invariant: bool = False,
+    rows_out: Tensor | None = None, row_weights: Tensor | None = None, weight_master: Tensor | None = None, *,
+    format: str, shards: int = 1, transpose: bool = False, top_k: int = 1, activation: str = "none", gated: bool = True,
+    interleaved: bool = False, alpha: float | None = None, beta: float | None = None, limit: float | None = None,
+    out_dtype: torch.dtype | None = None, grad_format: str | None = None, backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> Tensor:  # fmt: skip
     """Sorted row i of expert e (offsets[e] <= i < offsets[e + 1]), with r = rows_in[i] // top_k and o = rows_out[i]:
 
@@ -186,13 +188,16 @@ def grouped_mm(
     Rows that no expert owns give exactly 0. x is quantized as the format says unless x_scale (and x_global_scale, for
     codecs that have one) comes with codes, as moe_ops::quantize gives them: x is then (rows, stored K).
     transpose: out = x . W[e] with x (rows, N), for gradients; x is then not quantized, and bias and gate are refused.
+    weight_master, grad_format: as gate_up_proj_master and grad_format of moe_ops::experts.
     Raises ValueError for shapes, dtypes and scales that do not fit the format.
     """
     fmt = FORMATS[format]
     gate = make_gate(activation, gated, alpha, beta, limit)
     shards = 2 if interleaved or (gate is not None and gate.gated) else shards
-    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
+    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved,
+               weight_master)  # fmt: skip
     check_weight(fmt, w)
+    check_training(fmt, grad_format, w)
     if transpose and (bias is not None or gate is not None):
         raise ValueError("a transposed product takes neither bias nor activation")
     if batch_invariant and x_scale is None and not transpose:
@@ -217,7 +222,8 @@ def _grouped_mm_fake(
     x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None = None,
     weight_global_scale: Tensor | None = None, weight_zero_point: Tensor | None = None, bias: Tensor | None = None,
     x_scale: Tensor | None = None, x_global_scale: Tensor | None = None, rows_in: Tensor | None = None,
-    rows_out: Tensor | None = None, row_weights: Tensor | None = None, *, format: str, transpose: bool = False,
+    rows_out: Tensor | None = None, row_weights: Tensor | None = None, weight_master: Tensor | None = None, *,
+    format: str, transpose: bool = False,
     activation: str = "none", gated: bool = True, out_dtype: torch.dtype | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     n = weight.shape[1] // 2 if activation != "none" and gated else weight.shape[1]
@@ -230,68 +236,74 @@ def grouped_mm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, weight_scale: Tensor | None,
     weight_global_scale: Tensor | None, weight_zero_point: Tensor | None, bias: Tensor | None, x_scale: Tensor | None,
     x_global_scale: Tensor | None, rows_in: Tensor | None, rows_out: Tensor | None, row_weights: Tensor | None,
-    format: str, shards: int, top_k: int, activation: str, gated: bool, interleaved: bool, alpha: float | None,
-    beta: float | None, limit: float | None, need: list[bool], backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, bias and row_weights in fp32 or x's dtype; an empty tensor for those not in `need`."""
+    weight_master: Tensor | None, format: str, shards: int, top_k: int, activation: str, gated: bool, interleaved: bool,
+    alpha: float | None, beta: float | None, limit: float | None, grad_format: str | None, need: list[bool],
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, bias, row_weights, in fp32 or x's dtype, and the float weight; empty for those not in `need`."""
     fmt = FORMATS[format]
     gate = make_gate(activation, gated, alpha, beta, limit)
     shards = 2 if interleaved or (gate is not None and gate.gated) else shards
-    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved)
+    w = Weight(weight, weight_scale, weight_global_scale, weight_zero_point, bias, None, shards, interleaved,
+               weight_master)  # fmt: skip
     rows = Rows(offsets, rows_in, rows_out, None if row_weights is None else row_weights.float(), top_k)
     impl = select(_problem("grouped_mm_backward", grad, w, fmt, gate), backend)
-    grads = impl.fn(grad.contiguous(), Operand(x, x_scale, x_global_scale), w, rows, gate, fmt, need=tuple(need))
-    return tuple(g if n else grad.new_empty(0) for g, n in zip(grads, need, strict=True))  # type: ignore[return-value]
+    grads = impl.fn(grad.contiguous(), Operand(x, x_scale, x_global_scale), w, rows, gate, fmt, need=tuple(need),
+                    grad_fmt=gradient_format(grad_format))  # fmt: skip
+    return tuple(g if n else grad.new_empty(0) for g, n in zip(grads, need, strict=True))
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    need, row_weights, format = args[-2] if isinstance(args[-1], str) else args[-1], args[8], args[9]
-    e, n = weight.shape[:2]
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    need, row_weights, master, format = args[-2] if isinstance(args[-1], str) else args[-1], *args[8:11]
+    (e, n), w = weight.shape[:2], weight if master is None else master
     return (
         grad.new_empty(x.shape[0], FORMATS[format].weight.columns(weight.shape[2])) if need[0] else grad.new_empty(0),
         grad.new_empty(e, n, dtype=torch.float32) if need[1] else grad.new_empty(0),
         grad.new_empty(row_weights.shape[0], dtype=torch.float32) if need[2] else grad.new_empty(0),
+        grad.new_empty(w.shape, dtype=w.dtype) if need[3] else grad.new_empty(0),
     )
 
 
 def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
+    check_frozen(keyword_only_inputs["format"], inputs[1])
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight, offsets, *optional = ctx.saved_tensors
-    o, need = ctx.options, needs_grad(ctx, 12)
+    o, need = ctx.options, needs_grad(ctx, 13)
     if o["transpose"]:
         raise NotImplementedError("grouped_mm(transpose=True) is itself a gradient: it has no second one")
-    wanted = [need[0], need[6], need[11]]
-    gx, gb, gw = torch.ops.moe_ops.grouped_mm_backward(
+    wanted = [need[0], need[6], need[11], need[12] if FORMATS[o["format"]].quantized else need[1]]
+    gx, gb, gr, gw = torch.ops.moe_ops.grouped_mm_backward(
         grad, x, weight, offsets, *optional, o["format"], o["shards"], o["top_k"], o["activation"], o["gated"],
-        o["interleaved"], o["alpha"], o["beta"], o["limit"], wanted, o["backend"])  # fmt: skip
+        o["interleaved"], o["alpha"], o["beta"], o["limit"], o["grad_format"], wanted, o["backend"])  # fmt: skip
     bias, row_weights = optional[3], optional[8]
     return (
-        gx.to(x.dtype) if wanted[0] else None, None, None, None, None, None,
+        gx.to(x.dtype) if wanted[0] else None, gw if need[1] else None, None, None, None, None,
         gb.to(bias.dtype) if wanted[1] and bias is not None else None, None, None, None, None,
-        gw.to(row_weights.dtype) if wanted[2] and row_weights is not None else None,
+        gr.to(row_weights.dtype) if wanted[2] and row_weights is not None else None, gw if need[12] else None,
     )  # fmt: skip
 
 
 define(
     f"grouped_mm(Tensor x, Tensor weight, Tensor offsets, {_WEIGHT}, Tensor? x_scale=None, "
-    "Tensor? x_global_scale=None, Tensor? rows_in=None, Tensor? rows_out=None, Tensor? row_weights=None, *, "
+    "Tensor? x_global_scale=None, Tensor? rows_in=None, Tensor? rows_out=None, Tensor? row_weights=None, "
+    "Tensor? weight_master=None, *, "
     "str format, int shards=1, bool transpose=False, int top_k=1, str activation='none', bool gated=True, "
     "bool interleaved=False, float? alpha=None, float? beta=None, float? limit=None, ScalarType? out_dtype=None, "
-    "str backend='auto', bool batch_invariant=False) -> Tensor",
+    "str? grad_format=None, str backend='auto', bool batch_invariant=False) -> Tensor",
     grouped_mm, _grouped_mm_fake,
 )  # fmt: skip
 define(
     "grouped_mm_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, Tensor? weight_scale, "
     "Tensor? weight_global_scale, Tensor? weight_zero_point, Tensor? bias, Tensor? x_scale, Tensor? x_global_scale, "
-    "Tensor? rows_in, Tensor? rows_out, Tensor? row_weights, str format, int shards, int top_k, str activation, "
-    "bool gated, bool interleaved, float? alpha, float? beta, float? limit, bool[] need, str backend='auto') "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? rows_in, Tensor? rows_out, Tensor? row_weights, Tensor? weight_master, str format, int shards, int top_k, "
+    "str activation, bool gated, bool interleaved, float? alpha, float? beta, float? limit, str? grad_format, "
+    "bool[] need, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
     grouped_mm_backward, _backward_fake,
 )  # fmt: skip
 gradient("grouped_mm", _setup, _backward)

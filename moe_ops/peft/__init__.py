@@ -1,7 +1,7 @@
 """PEFT's side of the package: LoRA on quantized Linears and experts, with PEFT's own configs, files and calls.
 
-`import moe_ops` calls `install`, which imports nothing of PEFT: our layers are offered to it when it is imported itself,
-or at once if it is there already.
+`import moe_ops` calls `install`, which imports nothing of PEFT: our layers are offered to it when it is imported, or at
+once if it is there already.
 
 Letters in this package: E experts, S shards (gate and up), N rows and K columns of a stored matrix (S*N, K), R sorted
 rows, T tokens, r rank.

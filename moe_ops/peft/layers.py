@@ -83,7 +83,9 @@ class ParamWrapper(lora.ParamWrapper):
 
     merge, unmerge = _merge, _unmerge
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
+    ) -> None:
         experts = _experts_of(base_layer)
         if parameter_name not in experts.weight_names():
             raise ValueError(
@@ -188,7 +190,7 @@ class ParamWrapper(lora.ParamWrapper):
 
 def dispatch(target: nn.Module, adapter_name: str, *, config: Any, parameter_name: str | None = None,
              **kwargs: Any) -> nn.Module | None:  # fmt: skip
-    """Our layer for a quantized module, None for PEFT to choose. Raises ValueError for what such a module cannot have."""
+    """Our layer for a quantized module, None for PEFT to choose. ValueError for what such a module cannot have."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, QuantizedExperts):
         if parameter_name is None:
