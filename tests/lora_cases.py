@@ -23,7 +23,7 @@ def targets(model):
     found = []
     for name, m in model.named_modules():
         for key, p in m.named_parameters(recurse=False):
-            if p.ndim == 3 and (key == "weight" or re.fullmatch("(gate_up|up|down)_proj", key)):
+            if p.ndim == 3 and "conv" not in name and (key == "weight" or re.fullmatch("(gate_up|up|down)_proj", key)):
                 found.append(f"{name}.{key}".replace(".base_layer", "").removeprefix("base_model.model."))
     return found
 

@@ -203,7 +203,8 @@ def test_experts_among_the_modules_to_save(folder):
     peft = pytest.importorskip("peft")
     model = MADE["quantize_"](*folder, {"experts": "fp8"})
     with pytest.raises(ValueError, match=r"gate_up_proj is stored in format .*: codes and scales are frozen"):
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+        made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+        tiny.run(made, **tiny.inputs(model))
 
 
 def test_nothing_to_train(folder, tmp_path):

@@ -69,7 +69,7 @@ class Linear(lora.Linear):
     def _delta(self, adapter: str) -> Any:
         """A function that gives what an adapter adds, (N, K)."""
         if self.lora_bias[adapter]:
-            raise ValueError("lora_bias=True cannot be merged into a quantized Linear: its bias has no codes to restore")
+            raise ValueError("lora_bias=True cannot be merged into a quantized Linear: unload the adapter instead")
         return lambda e: self.get_delta_weight(adapter)
 
 
