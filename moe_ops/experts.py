@@ -176,9 +176,9 @@ class QuantizedExperts(QuantizedModule):
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
         known = spec.gate if self._adapter(up) is None else None  # else what is added to comes before it
         h = self._project(x, up, offsets, gate=known, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
-        if spec.gate is not None:
-            h = h if known else apply_gate(replace(spec.gate, interleaved=False), h)
-        else:
+        if spec.gate is not None and known is None:
+            h = apply_gate(replace(spec.gate, interleaved=False), h)
+        elif spec.gate is None:
             h = interleave(h) if spec.interleaved else h
             own: Any = spec.own_gate or (self._apply_gate if spec.gated else self.act_fn)
             h = own(h).to(x.dtype)  # (R, I)
