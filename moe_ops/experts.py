@@ -20,7 +20,7 @@ from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
-_STATE = ("format", "backend", "float_dtype", "spec", "adapters")
+_STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
 
 
 class Adapter(Protocol):
@@ -150,12 +150,12 @@ class QuantizedExperts(QuantizedModule):
         gate = self.spec.gate
         assert gate is not None
         backend, invariant = resolve(self.backend)
-        up, down = self.weight_names()
-        stored = [self._parameters[name] for name in (up, down)]
-        for part in ("scale", "global_scale", "zero_point", "bias", "input_scale"):
-            stored += [self._parameters.get(f"{name}_{part}") for name in (up, down)]
+        up, down = (self.operands(name, backend) for name in self.weight_names())
+        biases = [self._parameters.get(f"{name}_bias") for name in self.weight_names()]
         return torch.ops.moe_ops.experts(
-            x, ids, weights, *stored, format=self.format, activation=gate.activation, gated=gate.gated,
+            x, ids, weights, up.codes, down.codes, up.scale, down.scale, up.global_scale, down.global_scale,
+            up.zero_point, down.zero_point, *biases, up.input_scale, down.input_scale, up.master, down.master,
+            format=self.computes.name, grad_format=self.grad_format, activation=gate.activation, gated=gate.gated,
             alpha=gate.alpha, beta=gate.beta, limit=gate.limit, router_weight_on_input=on_input, backend=backend,
             batch_invariant=invariant,
         )  # fmt: skip
@@ -216,10 +216,11 @@ class QuantizedExperts(QuantizedModule):
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}
             rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
+        w = self.operands(name, backend)
         out = torch.ops.moe_ops.grouped_mm(
-            x, getattr(self, name), offsets, weight_scale=self.part(name, "scale"),
-            weight_global_scale=self.part(name, "global_scale"), weight_zero_point=self.part(name, "zero_point"),
-            bias=self._parameters.get(f"{name}_bias"), format=self.format,
+            x, w.codes, offsets, weight_scale=w.scale, weight_global_scale=w.global_scale,
+            weight_zero_point=w.zero_point, bias=self._parameters.get(f"{name}_bias"), weight_master=w.master,
+            format=self.computes.name, grad_format=self.grad_format,
             shards=self.spec.shards if name == self.spec.up else 1, out_dtype=out_dtype, backend=backend,
             batch_invariant=invariant, **rows,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
-_STATE = ("format", "backend", "float_dtype", "trainable")
+_STATE = ("format", "backend", "float_dtype", "trainable", "trained")
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
@@ -56,10 +56,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         """x (..., K) -> (..., N) in x's dtype, under autocast in its."""
         self.check_frozen()
         backend, invariant = resolve(self.backend)
+        w = self.operands("weight", backend)
         return torch.ops.moe_ops.linear(
-            autocast(x), self.weight, self.part("weight", "scale"), self.part("weight", "global_scale"),
-            self.part("weight", "zero_point"), self.bias, self.part("weight", "input_scale"), format=self.format,
-            backend=backend, batch_invariant=invariant,
+            autocast(x), w.codes, w.scale, w.global_scale, w.zero_point, self.bias, w.input_scale, w.master,
+            format=self.computes.name, grad_format=self.grad_format, backend=backend, batch_invariant=invariant,
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,7 @@ from .linear import QuantizedLinear
 from .rules import parse
 from .storage import QuantizedModule
 from .summary import forget_left, remember_left
-from .targets import Place, Target, check_not_compiled, places, plan
+from .targets import Place, Plan, Target, check_not_compiled, places, plan
 
 _REPLACEMENT = "_moe_ops_replacement"
 _SHOWN = 10
@@ -54,7 +54,7 @@ def quantize_(
     if device is not None:
         _check_device(device)
     found = plan(model, rules, strict)
-    _raise(found.problems)
+    check_plan(found)
     from . import lowering
 
     lowering.register()
@@ -62,7 +62,7 @@ def quantize_(
     try:
         replace_(_with_progress(found.targets, progress), backend, device)
     finally:
-        _tell(model)
+        tell(model)
     return model
 
 
@@ -91,9 +91,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
         while mine:
             place = mine.pop(0)
             m = place.module
-            _store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
+            store(place, experts.restore(m) if isinstance(m, QuantizedExperts) else linear.restore(m))  # type: ignore[arg-type]
     finally:
-        _tell(model)
+        tell(model)
     forget_left(model)
     return model
 
@@ -108,22 +108,27 @@ def skeleton_(
     Every quantized parameter is on meta, with the shape and dtype that it will have. Raises ValueError as `quantize_`.
     """
     found = plan(model, parse(format, ignore), strict, loaded=False)
-    _raise(found.problems)
+    check_plan(found)
     remember_left(model, found.left)
     replace_(found.targets, backend)
-    _tell(model)
+    tell(model)
     return model
 
 
 def replace_(targets: Iterable[Target], backend: str | None = None, device: torch.device | str | None = None) -> None:
     """Put a quantized module in the place of each target of a plan."""
     for target in targets:
-        _store(target, target.module.__dict__.get(_REPLACEMENT) or _quantized(target, backend, device))
+        store(target, target.module.__dict__.get(_REPLACEMENT) or _quantized(target, backend, device))
 
 
-def _tell(model: nn.Module) -> None:
+def tell(model: nn.Module) -> None:
     for listener in LISTENERS:
         listener(model)
+
+
+def check_plan(found: Plan) -> None:
+    """ValueError with every reason why a plan cannot be carried out."""
+    _raise(found.problems)
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -150,7 +155,7 @@ def _quantized(target: Target, backend: str | None, device: torch.device | str |
     return new
 
 
-def _store(place: Place, new: nn.Module) -> None:
+def store(place: Place, new: nn.Module) -> None:
     """Put the new module where the old one is. One store, or none for the model itself, which changes its class."""
     old = place.module
     if not place.parents:

@@ -30,6 +30,24 @@ class Layout(NamedTuple):
     k: int
 
 
+class Training(NamedTuple):
+    """In which format a float weight is multiplied while it is trained, and in which its gradients are (None: floats)."""
+
+    format: str
+    gradients: str | None
+
+
+class Operands(NamedTuple):
+    """A weight as the ops take it."""
+
+    codes: Tensor
+    scale: Tensor | None
+    global_scale: Tensor | None
+    zero_point: Tensor | None
+    input_scale: Tensor | None
+    master: Tensor | None
+
+
 class _Codes(NamedTuple):
     """A parameter of a one-byte float type, as bytes: `pickle` cannot take such types (torch.save can)."""
 
@@ -50,6 +68,7 @@ class QuantizedModule(nn.Module):
     format: str
     backend: str | None
     float_dtype: torch.dtype
+    trained: Training | None = None  # weights are floats then, `format` is "bf16"
     _is_hf_initialized = True  # transformers' weight initialisation passes such modules over
 
     def weight_names(self) -> tuple[str, ...]:
@@ -81,6 +100,27 @@ class QuantizedModule(nn.Module):
         stored = [self._parameters.get(n) for n in self._protected()]
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
+    def operands(self, name: str, backend: str = "auto") -> Operands:
+        """What is stored; of a weight that is trained, codes made now."""
+        w = getattr(self, name)
+        if self.trained is None:
+            scale, global_scale, zero_point, input_scale = (self.part(name, part) for part in PARTS)
+            return Operands(w, scale, global_scale, zero_point, input_scale, None)
+        codec, layout = self.computes.weight, self.layouts()[name]
+        master = w.detach() if layout.experts is not None else w.detach()[None]  # (E, S*N, K)
+        made = torch.ops.moe_ops.quantize_weight(master, codec.name, layout.shards, backend)
+        q, scale, whole = made if layout.experts is not None else (t[0] if t.ndim > 1 else t for t in made)
+        return Operands(q, scale, whole if codec.global_scale else None, None, None, w)
+
+    @property
+    def computes(self) -> Format:
+        """The format of products: what is stored in, or trained in."""
+        return FORMATS[self.format if self.trained is None else self.trained.format]
+
+    @property
+    def grad_format(self) -> str | None:
+        return None if self.trained is None else self.trained.gradients
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """What PEFT gives its adapters, which would have the type of the codes without it."""
@@ -103,11 +143,9 @@ class QuantizedModule(nn.Module):
         """ValueError if codes or scales want a gradient that they would not get: torch lets float8 ask for one."""
         if not torch.is_grad_enabled() or not self.quantization.quantized:
             return
-        for name in self.weight_names():
-            for part in ("", *(f"_{p}" for p in PARTS)):
-                stored = self._parameters.get(f"{name}{part}")
-                if stored is not None and stored.requires_grad:
-                    raise ValueError(_refusal(f"{name}{part}", self.format))
+        for name in self.codes():
+            if self._parameters[name].requires_grad:  # type: ignore[union-attr]
+                raise ValueError(_refusal(name, self.format))
 
     def _protected(self) -> set[str]:
         return {n for name in self.weight_names() for n in (name, *(f"{name}_{p}" for p in PARTS))}
@@ -216,7 +254,6 @@ class QuantizedModule(nn.Module):
         errors.extend(wrong)
         if not wrong:  # a copy would cast the values to codes without their scale
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-
 
     def _from_disk(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Codes of a file that save_pretrained wrote, which Trainer loads by itself: their last extent is one."""

@@ -84,6 +84,9 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _note(m: QuantizedModule, routed: set[int]) -> str:
+    if m.trained is not None:
+        gradients = f", gradients in {m.trained.gradients}" if m.trained.gradients else ""
+        return f"trained: quantized to {m.trained.format} at each step{gradients}"
     if not isinstance(m, QuantizedExperts):
         return ""
     dense = "every expert runs on every row: the block's routing was not read"

@@ -155,12 +155,11 @@ def test_quantize_weight(name, device):
 @turns("need", [[True, False], [False, True], [True, True]])
 def test_masters(name, need, device):
     (x, *args), options = experts_case(name, device, False)
-    layer = Layer(name, 3, *fit(name, 16, 24))
     fmt = FORMATS[name]
     masters = [torch.randn(*t.shape[:2], fmt.weight.columns(t.shape[2]), device=device) for t in args[2:4]]
     given = masters if fmt.quantized else (None, None)
     need = [True, False, False, False, *need]
-    assert layer and opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, *given, need), options) is None
+    opcheck(OPS.experts_backward.default, (torch.ones_like(x), x, *args, *given, need), options)
 
 
 def test_divide(device):

@@ -25,7 +25,7 @@ LAYERS = (
     ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
-    ("huggingface", "peft", "checkpoints", "quality", "sharding", "kv_cache"),
+    ("huggingface", "peft", "checkpoints", "quality", "sharding", "kv_cache", "training"),
     ("convert", "export_words", "export", "inspection", "__main__"),
     ("lowering",),
 )

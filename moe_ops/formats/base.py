@@ -52,8 +52,8 @@ class QuantizedTensor:
     def expert(self, e: int) -> QuantizedTensor:
         """One of a stack of experts (E, S*N, K), as a stack of one. Views."""
         parts = (self.scale, self.zero_point, self.global_scale)
-        scale, zero, whole = (None if t is None else t[e : e + 1] for t in parts)
-        return QuantizedTensor(self.qdata[e : e + 1], scale, zero, whole, self.codec)
+        scale, zero_point, global_scale = (None if t is None else t[e : e + 1] for t in parts)
+        return QuantizedTensor(self.qdata[e : e + 1], scale, zero_point, global_scale, self.codec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +290,18 @@ def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedT
     if codec.block is None:
         return codec.quantize(weight)
     parts = [codec.quantize(w.unflatten(0, (shards, -1))) for w in weight]  # each (S, N, K)
-    qdata = torch.stack([p.qdata.flatten(0, 1) for p in parts])
-    scales = [p.scale for p in parts if p.scale is not None]
-    scale = torch.stack([s if s.ndim == 1 else s.flatten(0, 1) for s in scales])
-    globals_ = [p.global_scale for p in parts if p.global_scale is not None]
-    return QuantizedTensor(qdata, scale, None, torch.stack(globals_) if globals_ else None, codec)
+    qdata = _stacked([p.qdata.flatten(0, 1) for p in parts])
+    scale = _stacked([p.scale if p.scale.ndim == 1 else p.scale.flatten(0, 1) for p in parts if p.scale is not None])
+    global_scales = [p.global_scale for p in parts if p.global_scale is not None]
+    return QuantizedTensor(qdata, scale, None, _stacked(global_scales) if global_scales else None, codec)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """torch.stack, for types that autocast does not know too."""
+    out = tensors[0].new_empty(len(tensors), *tensors[0].shape)
+    for to, t in zip(out, tensors, strict=True):
+        to.copy_(t)
+    return out
 
 
 def empty_weight(

@@ -20,7 +20,7 @@ def check(model: nn.Module) -> None:
 
     A model without quantized modules is none of our business, and with adapters nobody expects their base to change.
     """
-    mine = list(streams(model))
+    mine = [(name, m) for name, m in streams(model) if m.trained is None]
     if not mine:
         return
     codes = [f"{name}.{key}" for name, m in mine if m.quantization.quantized for key in m.codes()]
