@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +44,7 @@ class QuantizedExperts(QuantizedModule):
     """
 
     spec: ExpertsSpec
-    adapters: Mapping[str, Adapter] = MappingProxyType({})
+    adapters: Mapping[str, Adapter] | None = None
     original_class: type[nn.Module] | None = None
     __repr__ = nn.Module.__repr__  # lists and dicts have their own, of children that are gone
 
@@ -228,7 +227,7 @@ class QuantizedExperts(QuantizedModule):
 
     def _adapter(self, name: str) -> Adapter | None:
         """What adds to a projection now."""
-        found = self.adapters.get(name)
+        found = self.adapters.get(name) if self.adapters else None
         return found if found is not None and found.applies() else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

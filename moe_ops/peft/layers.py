@@ -108,7 +108,7 @@ class ParamWrapper(lora.ParamWrapper):
 
     def _join(self) -> None:
         experts = _experts_of(self)
-        experts.adapters = {**experts.adapters, self.parameter_name: self}
+        experts.adapters = {**(experts.adapters or {}), self.parameter_name: self}
 
     def get_param(self) -> Tensor:
         """What PEFT asks of the parameter (shape, type, device), without its values: (E, out, in), no storage."""
@@ -184,7 +184,7 @@ class ParamWrapper(lora.ParamWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        experts.adapters = {}
+        experts.adapters = None
         return experts
 
 
