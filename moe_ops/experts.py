@@ -16,7 +16,7 @@ from . import routing
 from .activation import Gate, apply_gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
-from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
+from .formats import FORMATS, Codec, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
@@ -201,17 +201,18 @@ class QuantizedExperts(QuantizedModule):
         if adapter is not None:
             assert gate is None  # it comes after the sum
             added = adapter.added(x, offsets, {"backend": backend, "batch_invariant": invariant}, **rows)
+        fmt = self.computes.name
         if input_scale is not None and (codec := self.quantization.activation) is not None:
-            if torch.is_grad_enabled() and x.requires_grad:  # codes have no gradient: it would be zero, in silence
-                raise NotImplementedError(
-                    f"{name}_input_scale: experts with a gate of their own or a post norm have no gradient with static"
-                    " input scales; remove them to train"
-                )
             if "rows_in" in rows:
                 x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
             owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
-            x, rows["x_scale"], whole = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec.name, backend)
-            rows["x_global_scale"] = whole if codec.global_scale else None
+            static = input_scale[owner][:, None]  # (R, 1)
+            codes, scale, whole = torch.ops.moe_ops.quantize(x.detach(), static, codec.name, backend)
+            if torch.is_grad_enabled() and x.requires_grad:  # straight through: codes have no gradient, their values do
+                x = _values(codec, codes, scale, whole).to(x.dtype) + (x - x.detach())
+                fmt = f"{fmt.partition('/')[0]}/bf16"
+            else:
+                x, rows["x_scale"], rows["x_global_scale"] = codes, scale, whole if codec.global_scale else None
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}
             rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
@@ -219,7 +220,7 @@ class QuantizedExperts(QuantizedModule):
         out = torch.ops.moe_ops.grouped_mm(
             x, w.codes, offsets, weight_scale=w.scale, weight_global_scale=w.global_scale,
             weight_zero_point=w.zero_point, bias=self._parameters.get(f"{name}_bias"), weight_master=w.master,
-            format=self.computes.name, grad_format=self.grad_format,
+            format=fmt, grad_format=self.grad_format,
             shards=self.spec.shards if name == self.spec.up else 1, out_dtype=out_dtype, backend=backend,
             batch_invariant=invariant, **rows,
         )  # fmt: skip
@@ -353,6 +354,14 @@ def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
     changed = change(found)
     if changed is not found:  # else the parameter stays itself, for optimizers that hold it
         module._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=bias.requires_grad)
+
+
+def _values(codec: Codec, codes: Tensor, scale: Tensor, whole: Tensor) -> Tensor:
+    """What moe_ops::quantize gave for rows with static scales (R, 1) -> their values (R, K) in fp32, no gradient."""
+    if not codec.global_scale:
+        return codec.decode(codes) * scale.float()
+    rows = QuantizedTensor(codes[:, None], scale[:, None], None, whole[:, 0], codec)
+    return codec.dequantize(rows)[:, 0]
 
 
 def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:

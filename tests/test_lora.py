@@ -154,6 +154,35 @@ def test_in_bf16_and_autocast():
     assert {p.dtype for name, p in mine.named_parameters() if ".cast." in name} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "int8/int8", "nvfp4"])
+def test_static_scales_of_activations(fmt):
+    """As checkpoints have them: what the fused layer gives without an adapter, gradients straight through."""
+    model = cases.quantized("qwen3_moe", fmt, num_hidden_layers=1)
+    experts = model.model.layers[0].mlp.experts
+    for name, scale in (("gate_up_proj", 0.01), ("down_proj", 0.003)):
+        scales = torch.full((4,), scale) * torch.arange(1, 5)
+        experts._parameters[f"{name}_input_scale"] = torch.nn.Parameter(scales, requires_grad=False)
+    ids = torch.tensor([[0, 1], [2, 3], [1, 1], [3, 0], [2, 0], [1, 3]])
+    x, weights = torch.randn(6, 64), torch.rand(6, 2)
+
+    def step(module):
+        rows, shares = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = module(rows, ids, shares)
+        (out * torch.arange(64)).sum().backward()
+        return out.detach(), rows.grad, shares.grad
+
+    want = step(experts)
+    made = cases.adapted(model)
+    layer = model.model.layers[0].mlp.experts
+    moved = step(layer)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(p)
+    for got, other, wanted in zip(step(layer), moved, want):
+        assert tiny.relative_error(got, wanted) < 1e-4 < tiny.relative_error(other, wanted)
+    assert layer.lora_B["default"].weight.grad.norm() > 0 and layer.base_layer.lora_B["default"].weight.grad.norm() > 0
+
+
 def test_copies_and_pickles():
     mine = cases.adapted(cases.quantized("qwen3_moe"))
     x = tiny.inputs(mine.get_base_model())
