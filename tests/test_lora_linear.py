@@ -117,6 +117,48 @@ def test_parameters_that_are_no_projection():
         peft.get_peft_model(linears(), cases.config(model, target_parameters=["q_proj.weight"]))
 
 
+OTHERS = {  # PEFT's methods, and what they need to be told
+    "IA3Config": {"feedforward_modules": []}, "LoHaConfig": {}, "VeraConfig": {}, "OFTConfig": {}, "MissConfig": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["fp8/bf16", "int8"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_methods_run_and_are_not_merged(kind, fmt):
+    """They add to an int8 weight without an error, as if its codes were the numbers."""
+    model = moe_ops.quantize_(tiny.build("qwen3_moe"), {"linear": fmt})
+    steps = []
+    for base in (model, cases.same_in_float(model)):
+        torch.manual_seed(0)
+        made = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj"], **OTHERS[kind]))
+        generator = torch.Generator().manual_seed(1)
+        for _, p in sorted((name, p) for name, p in made.named_parameters() if p.requires_grad):
+            p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+        steps.append(cases.gradients(made, tiny.inputs(base)))
+        if base is model:
+            before = cases.raw(made)
+            with pytest.raises(ValueError, match=f"q_proj: .* cannot be merged, its weight is stored in '{fmt}'"):
+                made.merge_adapter()
+            with pytest.raises(ValueError, match="cannot be merged"):
+                made.merge_and_unload()
+            assert all(torch.equal(t, before[key]) for key, t in cases.raw(made).items())
+    (out, grads), (want, true) = steps
+    assert tiny.relative_error(out, want) < 1e-5
+    assert all(tiny.relative_error(grads[name], grad) < 1e-4 for name, grad in true.items())
+    assert type(made.unload()) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["HRAConfig", "PeanutConfig", "OSFConfig"])
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_methods_that_take_the_weight(kind, targets):
+    model = moe_ops.quantize_(tiny.build("qwen3_moe"), {"linear": "int8"})
+    before = cases.raw(model)
+    with pytest.raises(ValueError, match=r"_proj is quantized, and PEFT's [A-Z]* works on the numbers of a weight"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=targets))
+    after = cases.raw(model)
+    assert set(before) == set(after) and all(torch.equal(t, before[key]) for key, t in after.items())
+
+
 def test_bias_of_an_adapter_cannot_be_merged():
     model = moe_ops.quantize_(tiny.build("gpt_oss"), {"linear": "fp8"})
     made = cases.adapted(model, lora_bias=True, **LINEARS)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..huggingface import after_import
+from ..huggingface import after_import, before
 
 __all__ = ["adopt", "install"]
 _OURS = "_moe_ops_wrapped"
@@ -41,8 +41,16 @@ def _register() -> None:
         return _create_new_module
 
     model._create_new_module = staticmethod(_wrapped(model._create_new_module, create))
+    tuner: Any = sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    before(tuner, "inject_adapter", _check_added)
     for name in ("merge_adapter", "_unload_and_optionally_merge"):
-        setattr(model, name, _wrapped(getattr(model, name), _reporting))
+        setattr(tuner, name, _wrapped(getattr(tuner, name), _reporting))
+
+
+def _check_added(*args: Any, **kwargs: Any) -> None:
+    from .methods import check_added
+
+    check_added(*args, **kwargs)
 
 
 def _reporting(original: Any) -> Any:
@@ -50,7 +58,10 @@ def _reporting(original: Any) -> Any:
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         from .merge import report
+        from .methods import check_merged
 
+        if kwargs.get("merge", True):  # else they are only unloaded
+            check_merged(self.model)
         with report():
             return original(self, *args, **kwargs)
 
