@@ -231,6 +231,9 @@ def test_quantized_under_adapters_that_were_there():
     moe_ops.quantize_(mine, "fp8/bf16")
     theirs = moe_ops.dequantize_(copy.deepcopy(mine))
     assert [type(m) for m in theirs.modules()] == kinds
+    for a, b in zip(mine.modules(), theirs.modules()):
+        if isinstance(a, peft.tuners.lora.ParamWrapper):  # PEFT's own words for what is added: (E, out, in) on codes
+            torch.testing.assert_close(a.get_delta_weight("default").mT, b.get_delta_weight("default"))
     cases.assert_same_step(mine, theirs, x)
     want, bare = tiny.run(mine, **x), tiny.run(copy.deepcopy(mine).unload(), **x)
     with pytest.warns(UserWarning, match="into 6 quantized weights"):

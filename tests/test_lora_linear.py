@@ -14,10 +14,9 @@ import moe_ops
 from moe_ops.formats import FORMATS
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.swap,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"
+)
 LINEARS = {"target_modules": ["q_proj", "o_proj"], "target_parameters": None}
 
 

@@ -14,10 +14,9 @@ from moe_ops.formats import FORMATS, quantize_weight
 from moe_ops.streaming import streams
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.swap,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"
+)
 QUIET = pytest.mark.filterwarnings("ignore:.*merged an adapter.*")
 SIZE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
 
@@ -44,8 +43,9 @@ def weights(module):
     return {name: (w, s) for w, (name, s, *_) in zip(module.dequantize(), module.spec.matrices)}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    "family, fmt", [*(("qwen3_moe", fmt) for fmt in FORMATS), *(("gpt_oss", fmt) for fmt in ("bf16", "fp8", "nvfp4"))]
+)
 def test_merged(family, fmt):
     """dequantize + what PEFT merges into the float model, quantized again, in the same storage."""
     mine = adapted(family, fmt)
@@ -87,6 +87,7 @@ def test_unmerged_bit_for_bit(fmt):
     before, places, want = cases.raw(mine), storage(mine), tiny.run(mine, **x)
     mine.merge_adapter()
     assert storage(mine) == places
+    assert torch.equal(tiny.run(mine, **x), tiny.run(copy.deepcopy(mine).unload(), **x))  # and not added once more
     changed = {key for key, t in cases.raw(mine).items() if not torch.equal(t, before[key])}
     assert {key.split(".")[-1].split("_")[0] for key in changed} >= {"gate", "down"}
     assert not any("lora_" in key for key in changed)
