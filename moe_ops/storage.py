@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 
 
 class Training(NamedTuple):
-    """In which format a float weight is multiplied while it is trained, and in which its gradients are (None: floats)."""
+    """In which format a float weight is multiplied while it is trained, and in which gradients are (None: floats)."""
 
     format: str
     gradients: str | None

@@ -39,7 +39,7 @@ def prepare_training_(
     `format`, `ignore`: which modules, in which format, as `quantize_` takes them. `gradients`: the format of the second
     and third product; "auto" is the module's own where it is of 8-bit floats on both sides ("fp8", "fp8_block",
     "mxfp8"), else None. None: they are products of floats with what the codes of y stand for, straight-through, which
-    is quantization-aware training. For dW groups lie along the rows of one expert; a scale of whole rows is one for 128.
+    is quantization-aware training. For dW groups lie along the rows of an expert; a scale of whole rows is one for 128.
 
     Weights keep their names, dtype and requires_grad; those that the model stores transposed or interleaved are brought
     to (E, N, K), gate rows first, as new parameters: make the optimizer afterwards. Raises ValueError as `quantize_`
@@ -87,7 +87,7 @@ def _prepared(target: Target, gradients: str | None, backend: str | None) -> Qua
 
 @torch.no_grad()
 def convert_(model: nn.Module) -> nn.Module:
-    """Replace the masters of `prepare_training_`, in place, by the codes that its forward multiplied; returns the model.
+    """Replace the masters of `prepare_training_`, in place by the codes that its forward multiplied. Returns the model.
 
     From then on modules are those of `quantize_`. Raises ValueError for a compiled model, and one without masters.
     """
@@ -110,7 +110,7 @@ def convert_(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def requantize_(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Quantize new float weights into the storage that the model has: graphs and pointers stay valid. Returns the model.
+    """Quantize new float weights into the storage that the model has: graphs stay valid. Returns the model.
 
     weights: by the names and in the layouts of the float model, such as its state_dict(): those of quantized modules
     are taken, one expert at a time; others, and modules that it does not name, stay. Raises ValueError for shapes that

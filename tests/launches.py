@@ -17,9 +17,10 @@ import moe_ops.kernels.arrange as arrange_kernels
 import moe_ops.kernels.parts as parts_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
+import moe_ops.kernels.wgrad as wgrad_kernels
 from moe_ops.activation import Gate
 from moe_ops.backends import triton as backend
-from moe_ops.backends import triton_plan
+from moe_ops.backends import triton_plan, triton_wgrad
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.formats import FORMATS
 from moe_ops.kernels.configs import Config, Kind, Table, table, tables
@@ -91,6 +92,14 @@ def run_other(o: Other) -> None:
     dtype = getattr(torch, o.dtype)
     if o.what == "sort":
         routing_kernels.sort_by_expert(tensor((o.args[0], 1), dtype), o.args[1])
+    elif o.what == "wgrad":
+        codec, top_k = o.args
+        rows, offsets, read = tensor((ROWS, WIDTH), dtype), tensor((EXPERTS + 1,), torch.int32), None
+        gathered = tensor((ROWS // top_k, WIDTH), dtype)
+        if top_k > 1:
+            read = tensor((ROWS,), torch.int32)
+        triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
+                                   out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
     elif o.what == "combine":
         routing_kernels.combine(tensor((8 * o.args[0], o.args[1]), dtype), o.args[0])
     else:
@@ -106,6 +115,7 @@ def record(case, pick=None) -> list:
         parts_kernels: ("_add_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_sized_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
+        wgrad_kernels: ("_quantize_columns_kernel", "_wgrad_kernel"),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +124,8 @@ def record(case, pick=None) -> list:
             for name in names:
                 recorders.append(aot.Recorder(getattr(owner, name)))
                 patch.setattr(owner, name, recorders[-1])
-        patch.setattr(backend, "arch_of", lambda device: case.arch)
+        for module in (backend, triton_wgrad):
+            patch.setattr(module, "arch_of", lambda device: case.arch)
         if isinstance(case, Product):
             patch.setattr(triton_plan, "choose", lambda kind, *_: (pick or (lambda _: Config(*case.config)))(kind))
             run_product(case)
@@ -175,7 +186,8 @@ def thin(cases: list[tuple[Product, set]]) -> list[Product]:
 
 def listed(arch: int) -> set[tuple]:
     """Every configuration in the tables of an architecture."""
-    return {astuple(config) for entries in tables(arch).values() for config in entries_of(entries)}
+    products = (entries for kind, entries in tables(arch).items() if not kind.wgrad)
+    return {astuple(config) for entries in products for config in entries_of(entries)}
 
 
 def entries_of(entries: Table) -> list[Config]:
@@ -190,7 +202,9 @@ def others(arch: int) -> list[Other]:
         cases += [Other(arch, "quantize", "bfloat16", (codec.name, width, False)) for width in (2880, 16384)]
         if codec.scale_dtype != torch.float8_e8m0fnu:
             cases.append(Other(arch, "quantize", "bfloat16", (codec.name, 4096, True)))
-    return cases
+    for codec in (None, "e4m3_row", "mxfp8"):
+        cases += [Other(arch, "wgrad", "bfloat16", (codec, top_k)) for top_k in (1, 4)]
+    return [*cases, Other(arch, "wgrad", "float32", (None, 1))]
 
 
 def compile_case(case) -> list[tuple[str, int, int]]:

@@ -65,7 +65,8 @@ BACKWARD = covering(90, "mma", "decoded", "scale")
 
 def experts_backward(name, tokens=64, e=32, h=512, i=256, top_k=4):
     def fn(grad, x, ids, weights, tensors):
-        return OPS.experts_backward(grad, x, ids, weights, *tensors, *[None] * 2, [True] * 4, format=name)
+        need = [True] * 4 + [False] * 2
+        return OPS.experts_backward(grad, x, ids, weights, *tensors, *[None] * 4, need, format=name)
 
     return flat(fn, lambda: [empty(tokens, h), empty(tokens, h), empty(tokens, top_k, dtype=torch.int64),
                              empty(tokens, top_k), experts_weights(name, e, h, i, bias=True)])  # fmt: skip
@@ -77,13 +78,34 @@ def kinds(source):
 
 @pytest.mark.parametrize("arch,name", [(90, n) for n in BACKWARD] + [(100, n) for n in covering(100, "mma")])
 def test_experts_backward(arch, name):
-    """Up again, down again for the router's weights, and both products back; nothing but sums over rows is ATen's."""
+    """Up again, and both products back, the router's weights from the first; nothing but sums over rows is ATen's."""
     with fake_gpu(arch):
         source = generated(*experts_backward(name))
         assert_they_fit(built_templates(source))
     assert not any("moe_ops" in call for call in extern_calls(source))
-    assert kinds(source).count("tem") == 4
+    assert kinds(source).count("tem") == 3
     assert "_sort_kernel_0" in launches(source) and set(kinds(source)) <= {"sort", "per", "red", "poi", "tem"}
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4"])
+def test_experts_backward_of_weights(name):
+    """The gradients of both weights are calls of the op; where gradients are codes, so is what quantizes W^T."""
+    grad_format = name if name != "mxfp4" else None
+    tokens, e, h, i, top_k = 64, 32, 512, 256, 4
+
+    def fn(grad, x, ids, weights, up, down, tensors):
+        args = (*tensors, *[None] * 2, up, down, [True] * 6)
+        return OPS.experts_backward(grad, x, ids, weights, *args, format=name, grad_format=grad_format)
+
+    with fake_gpu(90):
+        source = generated(*flat(fn, lambda: [
+            empty(tokens, h), empty(tokens, h), empty(tokens, top_k, dtype=torch.int64), empty(tokens, top_k),
+            empty(e, 2 * i, h), empty(e, h, i), experts_weights(name, e, h, i, bias=True)]))  # fmt: skip
+        assert_they_fit(built_templates(source))
+    called = [call.split(".")[3] for call in extern_calls(source) if "moe_ops" in call]
+    assert called == ["grouped_wgrad"] * 2 if grad_format is None else sorted(called) == [
+        "grouped_wgrad", "grouped_wgrad", "quantize_weight", "quantize_weight"]  # fmt: skip
+    assert kinds(source).count("tem") == 3
 
 
 @pytest.mark.parametrize("name", BACKWARD)
@@ -157,4 +179,4 @@ def test_a_training_step(name, arch):
             assert_they_fit(built_templates(source))
     for source in (forward, backward):
         assert not any("moe_ops" in call for call in extern_calls(source))
-    assert kinds(forward).count("tem") == 2 and kinds(backward).count("tem") >= 4
+    assert kinds(forward).count("tem") == 2 and kinds(backward).count("tem") >= 3

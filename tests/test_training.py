@@ -82,7 +82,7 @@ def test_gradients_in_another_format():
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "int4_g32"])
 def test_a_run_and_its_conversion(name):
-    """Twelve steps come as far as the float model's within a tenth; the codes of the end are those that were trained."""
+    """Twelve steps come as far as the float model's within a tenth; the codes of the end are what was trained."""
     model = build()
     mine = training.prepare_training_(copy.deepcopy(model), name)
     ends = []
