@@ -78,6 +78,18 @@ print(type(peft.get_peft_model(m, peft.LoraConfig(target_modules=["0"])).base_mo
         assert done.stdout.strip() == "moe_ops.peft.layers", done.stderr
 
 
+def test_a_peft_that_is_too_old(monkeypatch):
+    """Its layers are left to themselves: Linears are trained as before, with PEFT's own."""
+    model = torch.nn.Sequential(moe_ops.QuantizedLinear.from_float(torch.nn.Linear(32, 32)))
+    create = peft.tuners.lora.LoraModel._create_new_module
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "_create_new_module", staticmethod(create._moe_ops_wrapped))
+    monkeypatch.setattr(moe_ops.peft.metadata, "version", lambda name: "0.20.1.dev0")
+    with pytest.warns(UserWarning, match=r"PEFT 0.20.1.dev0 is older than 0.21: LoRA on quantized experts"):
+        moe_ops.peft._register()
+    made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert type(made.base_model.model[0]) is peft.tuners.lora.Linear
+
+
 # ---- what is refused
 
 READS = {

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from ..huggingface import after_import, before
 
 __all__ = ["adopt", "install"]
+OLDEST = (0, 21)
 _OURS = "_moe_ops_wrapped"
 
 
@@ -27,8 +30,20 @@ def install() -> None:
     after_import("peft.tuners.lora.model", _register)
 
 
+def too_old() -> str | None:
+    """Why the installed PEFT cannot be used here, None if it can."""
+    found = metadata.version("peft")
+    if tuple(int(part) for part in found.split(".")[:2]) >= OLDEST:
+        return None
+    needed = ".".join(map(str, OLDEST))
+    return f"PEFT {found} is older than {needed}: LoRA on quantized experts, and merging into codes, need {needed}"
+
+
 def _register() -> None:
     """PEFT chooses a layer in one static method: ours come before its own choices. Again after a reload, once."""
+    if reason := too_old():
+        warnings.warn(reason, stacklevel=2)
+        return
     model: Any = sys.modules["peft.tuners.lora.model"].LoraModel
 
     def create(original: Any) -> Any:
@@ -77,7 +92,7 @@ def _wrapped(original: Any, make: Callable[[Any], Any]) -> Any:
 
 def adopt(model: nn.Module) -> None:
     """After `quantize_` or `dequantize_`: PEFT's layers around modules that were replaced become ours, or its own."""
-    if "peft.tuners.lora.layer" in sys.modules:
+    if "peft.tuners.lora.layer" in sys.modules and not too_old():
         from .layers import adopt_layer
 
         for module in model.modules():
