@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from . import routing
 from .activation import Gate, apply_gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
 from .backends.base import check_backend, resolve
-from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
+from .formats import FORMATS, Codec, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
@@ -45,7 +44,7 @@ class QuantizedExperts(QuantizedModule):
     """
 
     spec: ExpertsSpec
-    adapters: Mapping[str, Adapter] = MappingProxyType({})
+    adapters: Mapping[str, Adapter] | None = None
     original_class: type[nn.Module] | None = None
     __repr__ = nn.Module.__repr__  # lists and dicts have their own, of children that are gone
 
@@ -176,9 +175,9 @@ class QuantizedExperts(QuantizedModule):
         order, offsets = torch.ops.moe_ops.sort_by_expert(ids, num_experts, backend=backend)
         known = spec.gate if self._adapter(up) is None else None  # else what is added to comes before it
         h = self._project(x, up, offsets, gate=known, rows_in=order, top_k=top_k)  # (R, I or 2I) sorted
-        if spec.gate is not None:
-            h = h if known else apply_gate(replace(spec.gate, interleaved=False), h)
-        else:
+        if spec.gate is not None and known is None:
+            h = apply_gate(replace(spec.gate, interleaved=False), h)
+        elif spec.gate is None:
             h = interleave(h) if spec.interleaved else h
             own: Any = spec.own_gate or (self._apply_gate if spec.gated else self.act_fn)
             h = own(h).to(x.dtype)  # (R, I)
@@ -202,17 +201,18 @@ class QuantizedExperts(QuantizedModule):
         if adapter is not None:
             assert gate is None  # it comes after the sum
             added = adapter.added(x, offsets, {"backend": backend, "batch_invariant": invariant}, **rows)
+        fmt = self.computes.name
         if input_scale is not None and (codec := self.quantization.activation) is not None:
-            if torch.is_grad_enabled() and x.requires_grad:  # codes have no gradient: it would be zero, in silence
-                raise NotImplementedError(
-                    f"{name}_input_scale: experts with a gate of their own or a post norm have no gradient with static"
-                    " input scales; remove them to train"
-                )
             if "rows_in" in rows:
                 x = torch.ops.moe_ops.permute(x, rows.pop("rows_in"), rows.pop("top_k"))
             owner = routing.experts_of_rows(offsets, x.shape[0]).clamp(max=input_scale.shape[0] - 1)  # (R,)
-            x, rows["x_scale"], whole = torch.ops.moe_ops.quantize(x, input_scale[owner][:, None], codec.name, backend)
-            rows["x_global_scale"] = whole if codec.global_scale else None
+            static = input_scale[owner][:, None]  # (R, 1)
+            codes, scale, whole = torch.ops.moe_ops.quantize(x.detach(), static, codec.name, backend)
+            if torch.is_grad_enabled() and x.requires_grad:  # straight through: codes have no gradient, their values do
+                x = _values(codec, codes, scale, whole).to(x.dtype) + (x - x.detach())
+                fmt = f"{fmt.partition('/')[0]}/bf16"
+            else:
+                x, rows["x_scale"], rows["x_global_scale"] = codes, scale, whole if codec.global_scale else None
         if gate is not None:
             rows |= {"activation": gate.activation, "gated": gate.gated}
             rows |= {"alpha": gate.alpha, "beta": gate.beta, "limit": gate.limit}
@@ -220,7 +220,7 @@ class QuantizedExperts(QuantizedModule):
         out = torch.ops.moe_ops.grouped_mm(
             x, w.codes, offsets, weight_scale=w.scale, weight_global_scale=w.global_scale,
             weight_zero_point=w.zero_point, bias=self._parameters.get(f"{name}_bias"), weight_master=w.master,
-            format=self.computes.name, grad_format=self.grad_format,
+            format=fmt, grad_format=self.grad_format,
             shards=self.spec.shards if name == self.spec.up else 1, out_dtype=out_dtype, backend=backend,
             batch_invariant=invariant, **rows,
         )  # fmt: skip
@@ -228,7 +228,7 @@ class QuantizedExperts(QuantizedModule):
 
     def _adapter(self, name: str) -> Adapter | None:
         """What adds to a projection now."""
-        found = self.adapters.get(name)
+        found = self.adapters.get(name) if self.adapters else None
         return found if found is not None and found.applies() else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -354,6 +354,14 @@ def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
     changed = change(found)
     if changed is not found:  # else the parameter stays itself, for optimizers that hold it
         module._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=bias.requires_grad)
+
+
+def _values(codec: Codec, codes: Tensor, scale: Tensor, whole: Tensor) -> Tensor:
+    """What moe_ops::quantize gave for rows with static scales (R, 1) -> their values (R, K) in fp32, no gradient."""
+    if not codec.global_scale:
+        return codec.decode(codes) * scale.float()
+    rows = QuantizedTensor(codes[:, None], scale[:, None], None, whole[:, 0], codec)
+    return codec.dequantize(rows)[:, 0]
 
 
 def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:

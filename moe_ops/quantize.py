@@ -84,7 +84,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         f"{p.name}.{name} has an adapter: {reason}; merge or unload it first"
         for p in mine
         if isinstance(p.module, QuantizedExperts)
-        for name, adapter in p.module.adapters.items()
+        for name, adapter in (p.module.adapters or {}).items()
         if (reason := adapter.only_here())
     ])  # fmt: skip
     try:

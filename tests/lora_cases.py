@@ -23,7 +23,7 @@ def targets(model):
     found = []
     for name, m in model.named_modules():
         for key, p in m.named_parameters(recurse=False):
-            if p.ndim == 3 and (key == "weight" or re.fullmatch("(gate_up|up|down)_proj", key)):
+            if p.ndim == 3 and "conv" not in name and (key == "weight" or re.fullmatch("(gate_up|up|down)_proj", key)):
                 found.append(f"{name}.{key}".replace(".base_layer", "").removeprefix("base_model.model."))
     return found
 
@@ -40,7 +40,7 @@ def fill_(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         if "lora_" in name:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
+            p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     return model
 
 

@@ -58,7 +58,7 @@ def test_experts_stored_under_names_of_our_own(family):
 
 
 def test_scales_several_adapters_and_none():
-    """use_rslora, rank and alpha patterns, two adapters at once, set_adapter, disable_adapter, delete_adapter, unload."""
+    """use_rslora, rank and alpha patterns, two adapters at once, set_, disable_ and delete_adapter, unload."""
     model = cases.quantized("qwen3_moe")
     floats = cases.same_in_float(model)
     x, bare = tiny.inputs(model), tiny.run(model)
@@ -111,15 +111,17 @@ def test_dropout():
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_compiled_and_checkpointed(family):
-    model = cases.quantized(family)
+    model = cases.quantized(family, num_hidden_layers=1)
     mine = cases.adapted(model, target_modules=["q_proj"])
     x = tiny.inputs(model)
     mine.train()
     want, grads = cases.gradients(mine, x)
-    torch._dynamo.reset()
-    compiled = torch.compile(mine, backend="aot_eager", fullgraph=True)
-    mine.gradient_checkpointing_enable()
-    for again in (compiled, mine):
+    for checkpointed, compiled in ((False, True), (True, False), (True, True)):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # a hook of transformers that Dynamo does not take
+        torch._dynamo.reset()
+        again = torch.compile(mine, backend="aot_eager", fullgraph=True) if compiled else mine
         out, found = cases.gradients(again, x)
         found = {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
         torch.testing.assert_close(out, want)
@@ -150,6 +152,35 @@ def test_in_bf16_and_autocast():
     other = cases.config(model)
     mine.add_adapter("cast", other, autocast_adapter_dtype=False)
     assert {p.dtype for name, p in mine.named_parameters() if ".cast." in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("fmt", ["fp8_tensor", "int8/int8", "nvfp4"])
+def test_static_scales_of_activations(fmt):
+    """As checkpoints have them: what the fused layer gives without an adapter, gradients straight through."""
+    model = cases.quantized("qwen3_moe", fmt, num_hidden_layers=1)
+    experts = model.model.layers[0].mlp.experts
+    for name, scale in (("gate_up_proj", 0.01), ("down_proj", 0.003)):
+        scales = torch.full((4,), scale) * torch.arange(1, 5)
+        experts._parameters[f"{name}_input_scale"] = torch.nn.Parameter(scales, requires_grad=False)
+    ids = torch.tensor([[0, 1], [2, 3], [1, 1], [3, 0], [2, 0], [1, 3]])
+    x, weights = torch.randn(6, 64), torch.rand(6, 2)
+
+    def step(module):
+        rows, shares = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = module(rows, ids, shares)
+        (out * torch.arange(64)).sum().backward()
+        return out.detach(), rows.grad, shares.grad
+
+    want = step(experts)
+    made = cases.adapted(model)
+    layer = model.model.layers[0].mlp.experts
+    moved = step(layer)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(p)
+    for got, other, wanted in zip(step(layer), moved, want):
+        assert tiny.relative_error(got, wanted) < 1e-4 < tiny.relative_error(other, wanted)
+    assert layer.lora_B["default"].weight.grad.norm() > 0 and layer.base_layer.lora_B["default"].weight.grad.norm() > 0
 
 
 def test_copies_and_pickles():
@@ -192,7 +223,7 @@ def test_no_matrix_of_an_expert_is_made():
 
 
 def test_quantized_under_adapters_that_were_there():
-    """quantize_ of a model that PEFT has wrapped: its layers take codes from then on, and dequantize_ gives them back."""
+    """quantize_ of a model that PEFT has wrapped: its layers become ours, and PEFT's again after dequantize_."""
     model = tiny.build("gpt_oss")
     mine = cases.adapted(model, target_modules=["q_proj"])
     kinds = [type(m) for m in mine.modules()]
@@ -200,6 +231,9 @@ def test_quantized_under_adapters_that_were_there():
     moe_ops.quantize_(mine, "fp8/bf16")
     theirs = moe_ops.dequantize_(copy.deepcopy(mine))
     assert [type(m) for m in theirs.modules()] == kinds
+    for a, b in zip(mine.modules(), theirs.modules()):
+        if isinstance(a, peft.tuners.lora.ParamWrapper):  # PEFT's own words for what is added: (E, out, in) on codes
+            torch.testing.assert_close(a.get_delta_weight("default").mT, b.get_delta_weight("default"))
     cases.assert_same_step(mine, theirs, x)
     want, bare = tiny.run(mine, **x), tiny.run(copy.deepcopy(mine).unload(), **x)
     with pytest.warns(UserWarning, match="into 6 quantized weights"):
@@ -222,7 +256,7 @@ def test_transformers_own_way_to_add_adapters(tmp_path):
 
 
 def test_adapters_for_experts_that_were_modules_of_their_own(tmp_path):
-    """Files made with transformers 4, an adapter for each expert's w1, w2 and w3: PEFT converts them, here as elsewhere."""
+    """Files made with transformers 4, an adapter for each expert's w1, w2 and w3: PEFT converts them."""
     from safetensors.torch import save_file
 
     model = cases.quantized("mixtral")

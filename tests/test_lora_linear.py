@@ -14,10 +14,9 @@ import moe_ops
 from moe_ops.formats import FORMATS
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.swap,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"
+)
 LINEARS = {"target_modules": ["q_proj", "o_proj"], "target_parameters": None}
 
 
@@ -72,12 +71,23 @@ import torch, peft
 m = torch.nn.Sequential(moe_ops.QuantizedLinear.from_float(torch.nn.Linear(32, 32)))
 print(type(peft.get_peft_model(m, peft.LoraConfig(target_modules=["0"])).base_model.model[0]).__module__)
 """
-    for order in (("import moe_ops; assert 'peft' not in sys.modules", "import peft"), ("import peft", "import moe_ops")):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code.format(first=order[0], second=order[1])],
-            capture_output=True, text=True,
-        )  # fmt: skip
+    ours, theirs = "import moe_ops; assert 'peft' not in sys.modules", "import peft"
+    for first, second in ((ours, theirs), (theirs, "import moe_ops")):
+        command = [sys.executable, "-W", "ignore", "-c", code.format(first=first, second=second)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.stdout.strip() == "moe_ops.peft.layers", done.stderr
+
+
+def test_a_peft_that_is_too_old(monkeypatch):
+    """Its layers are left to themselves: Linears are trained as before, with PEFT's own."""
+    model = torch.nn.Sequential(moe_ops.QuantizedLinear.from_float(torch.nn.Linear(32, 32)))
+    create = peft.tuners.lora.LoraModel._create_new_module
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "_create_new_module", staticmethod(create._moe_ops_wrapped))
+    monkeypatch.setattr(moe_ops.peft.metadata, "version", lambda name: "0.20.1.dev0")
+    with pytest.warns(UserWarning, match=r"PEFT 0.20.1.dev0 is older than 0.21: LoRA on quantized experts"):
+        moe_ops.peft._register()
+    made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert type(made.base_model.model[0]) is peft.tuners.lora.Linear
 
 
 # ---- what is refused
@@ -104,17 +114,60 @@ def test_what_would_read_codes(what, where):
 
 def test_experts_as_a_module():
     model = cases.quantized("qwen3_moe")
-    with pytest.raises(ValueError, match=r"target_parameters=\['model.layers.0.mlp.experts.gate_up_proj', '.*down_proj'\]"):
+    text = r"target_parameters=\['model.layers.0.mlp.experts.gate_up_proj', 'model.layers.0.mlp.experts.down_proj'\]"
+    with pytest.raises(ValueError, match=text):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["experts"]))
 
 
 def test_parameters_that_are_no_projection():
     model = cases.quantized("gpt_oss")
-    for name, text in (("gate_up_proj_scale", "takes no adapter: gate_up_proj and down_proj do"), ("down_proj_bias", "takes no")):
-        with pytest.raises(ValueError, match=text):
+    for name in ("gate_up_proj_scale", "down_proj_bias"):
+        with pytest.raises(ValueError, match=f"{name} of .* takes no adapter: gate_up_proj and down_proj do"):
             peft.get_peft_model(copy.deepcopy(model), cases.config(model, target_parameters=[f"experts.{name}"]))
     with pytest.raises(ValueError, match="a quantized Linear is adapted by target_modules"):
         peft.get_peft_model(linears(), cases.config(model, target_parameters=["q_proj.weight"]))
+
+
+OTHERS = {  # PEFT's methods, and what they need to be told
+    "IA3Config": {"feedforward_modules": []}, "LoHaConfig": {}, "VeraConfig": {}, "OFTConfig": {}, "MissConfig": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["fp8/bf16", "int8"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_methods_run_and_are_not_merged(kind, fmt):
+    """They add to an int8 weight without an error, as if its codes were the numbers."""
+    model = moe_ops.quantize_(tiny.build("qwen3_moe"), {"linear": fmt})
+    steps = []
+    for base in (model, cases.same_in_float(model)):
+        torch.manual_seed(0)
+        made = peft.get_peft_model(base, getattr(peft, kind)(target_modules=["q_proj"], **OTHERS[kind]))
+        generator = torch.Generator().manual_seed(1)
+        for _, p in sorted((name, p) for name, p in made.named_parameters() if p.requires_grad):
+            p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+        steps.append(cases.gradients(made, tiny.inputs(base)))
+        if base is model:
+            before = cases.raw(made)
+            with pytest.raises(ValueError, match=f"q_proj: .* cannot be merged, its weight is stored in '{fmt}'"):
+                made.merge_adapter()
+            with pytest.raises(ValueError, match="cannot be merged"):
+                made.merge_and_unload()
+            assert all(torch.equal(t, before[key]) for key, t in cases.raw(made).items())
+    (out, grads), (want, true) = steps
+    assert tiny.relative_error(out, want) < 1e-5
+    assert all(tiny.relative_error(grads[name], grad) < 1e-4 for name, grad in true.items())
+    assert type(made.unload()) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["HRAConfig", "PeanutConfig", "OSFConfig"])
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_methods_that_take_the_weight(kind, targets):
+    model = moe_ops.quantize_(tiny.build("qwen3_moe"), {"linear": "int8"})
+    before = cases.raw(model)
+    with pytest.raises(ValueError, match=r"_proj is quantized, and PEFT's [A-Z]* works on the numbers of a weight"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=targets))
+    after = cases.raw(model)
+    assert set(before) == set(after) and all(torch.equal(t, before[key]) for key, t in after.items())
 
 
 def test_bias_of_an_adapter_cannot_be_merged():
@@ -143,16 +196,10 @@ def test_adapters_of_another_shape(kind, tmp_path):
         (tmp_path / "adapter_config.json").write_text(config.replace('"r": 4', '"r": 2'))
     if kind == "experts":
         file = tmp_path / "adapter_model.safetensors"
-        save_file({key: t[: t.shape[0] // 2].clone() if "lora_A" in key else t for key, t in load_file(file).items()}, file)
+        halves = {key: t[: t.shape[0] // 2] if "lora_A" in key else t for key, t in load_file(file).items()}
+        save_file({key: t.clone() for key, t in halves.items()}, file)
     with pytest.raises(RuntimeError, match=r"size mismatch for base_model.model.model.layers.0.mlp.experts"):
         peft.PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_an_adapter_of_another_model(tmp_path):
-    made = cases.adapted(cases.quantized("qwen3_moe"))
-    made.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="target_parameters"):
-        peft.PeftModel.from_pretrained(linears(), tmp_path.joinpath("nothing") if False else tmp_path)
 
 
 @pytest.mark.parametrize("family, options, text", [

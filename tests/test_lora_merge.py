@@ -11,12 +11,12 @@ import torch
 
 import moe_ops
 from moe_ops.formats import FORMATS, quantize_weight
+from moe_ops.streaming import streams
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.swap,
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*", "ignore:.*Could not find a config file.*"
+)
 QUIET = pytest.mark.filterwarnings("ignore:.*merged an adapter.*")
 SIZE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
 
@@ -33,8 +33,7 @@ def storage(model):
 
 def stored(model):
     """The quantized modules of a model with or without adapters, by name."""
-    found = model.named_modules()
-    return {n.replace(".base_layer", ""): m for n, m in found if isinstance(m, moe_ops.QuantizedExperts | moe_ops.QuantizedLinear)}
+    return {name.replace(".base_layer", ""): m for name, m in streams(model)}
 
 
 def weights(module):
@@ -44,8 +43,9 @@ def weights(module):
     return {name: (w, s) for w, (name, s, *_) in zip(module.dequantize(), module.spec.matrices)}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    "family, fmt", [*(("qwen3_moe", fmt) for fmt in FORMATS), *(("gpt_oss", fmt) for fmt in ("bf16", "fp8", "nvfp4"))]
+)
 def test_merged(family, fmt):
     """dequantize + what PEFT merges into the float model, quantized again, in the same storage."""
     mine = adapted(family, fmt)
@@ -61,7 +61,8 @@ def test_merged(family, fmt):
         if "experts" not in name and "q_proj" not in name:
             continue
         summed = stored(moe_ops.quantize_(copy.deepcopy(theirs), "bf16")).get(name) or theirs.get_submodule(name)
-        exact = weights(summed) if isinstance(summed, moe_ops.QuantizedExperts) else {"weight": (summed.weight[None], 1)}
+        is_linear = isinstance(summed, torch.nn.Linear)
+        exact = {"weight": (summed.weight[None], 1)} if is_linear else weights(summed)
         for key, (got, shards) in weights(m).items():
             q = quantize_weight(codec, exact[key][0].detach(), shards)
             if codec.block is not None:
@@ -86,6 +87,7 @@ def test_unmerged_bit_for_bit(fmt):
     before, places, want = cases.raw(mine), storage(mine), tiny.run(mine, **x)
     mine.merge_adapter()
     assert storage(mine) == places
+    assert torch.equal(tiny.run(mine, **x), tiny.run(copy.deepcopy(mine).unload(), **x))  # and not added once more
     changed = {key for key, t in cases.raw(mine).items() if not torch.equal(t, before[key])}
     assert {key.split(".")[-1].split("_")[0] for key in changed} >= {"gate", "down"}
     assert not any("lora_" in key for key in changed)
@@ -128,8 +130,8 @@ def test_what_is_merged_together_is_rounded_once():
     moved = {}
     for names in (["default", "other"], ["default"], ["other"]):
         mine.merge_adapter(names)
-        after = {name: weights(m) for name, m in stored(mine).items()}
-        moved[len(names)] = [n for n in after if any(not torch.equal(w, before[n][k][0]) for k, (w, _) in after[n].items())]
+        pairs = [(name, weights(m), before[name]) for name, m in stored(mine).items()]
+        moved[len(names)] = [n for n, now, was in pairs if any(not torch.equal(now[k][0], was[k][0]) for k in was)]
         if len(names) == 2:
             mine.unmerge_adapter()
     assert not moved[2] and len(moved[1]) == 2

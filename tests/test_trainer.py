@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 import moe_ops
 
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
 pytestmark = [pytest.mark.swap, pytest.mark.filterwarnings("ignore:.*(quantized modules stay|_checkpointing).*")]
 FORMATS = ("fp8", "mxfp4")
@@ -182,10 +182,10 @@ def test_codes_that_were_asked_for_a_gradient(fmt, folder, tmp_path):
     model = MADE["quantize_"](*folder, {"experts": fmt})
     experts = model.model.layers[1].mlp.experts
     for p in experts.parameters():
-        p.requires_grad_(p.is_floating_point() and p.dtype.itemsize < 4 or p.dtype == torch.float32)
+        p.requires_grad_((p.is_floating_point() and p.dtype.itemsize < 4) or p.dtype == torch.float32)
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.gate_up_proj.* cannot be trained"):
         trainer(model, tmp_path).train()
-    with pytest.raises(ValueError, match=r"gate_up_proj.* requires a gradient, and holds codes or scales"):
+    with pytest.raises(ValueError, match=r"gate_up_proj.* is stored in format .*: codes and scales are frozen"):
         tiny.run(model)
     with torch.no_grad():
         assert tiny.run(model).isfinite().all()
@@ -194,7 +194,7 @@ def test_codes_that_were_asked_for_a_gradient(fmt, folder, tmp_path):
 def test_a_linear_that_was_asked_for_a_gradient(folder):
     model = MADE["quantize_"](*folder, {"linear": "fp8"})
     model.requires_grad_(True)
-    with pytest.raises(ValueError, match="weight requires a gradient, and holds codes"):
+    with pytest.raises(ValueError, match=r"weight is stored in format .*: codes and scales are frozen"):
         tiny.run(model)
 
 
@@ -202,8 +202,8 @@ def test_experts_among_the_modules_to_save(folder):
     """PEFT would train a copy of the whole module."""
     peft = pytest.importorskip("peft")
     model = MADE["quantize_"](*folder, {"experts": "fp8"})
-    made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
-    with pytest.raises(ValueError, match="requires a gradient, and holds codes"):
+    with pytest.raises(ValueError, match=r"gate_up_proj is stored in format .*: codes and scales are frozen"):
+        made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
         tiny.run(made, **tiny.inputs(model))
 
 
@@ -230,10 +230,10 @@ def test_unquantized_experts_on_our_kernels_may_be_trained_by_adapters_only(fold
 
 
 BAD = {
-    "all labels ignored": (Tokens(lambda ids: torch.full_like(ids, -100)), ValueError, "the loss of step 1 is (nan|inf)"),
+    "all labels ignored": (Tokens(lambda ids: torch.full_like(ids, -100)), ValueError, "loss of step 1 is (nan|inf)"),
     "an empty batch": (Tokens(length=0), ValueError, r"empty batch: input_ids is \(2, 0\)"),
-    "labels of another length": (Tokens(lambda ids: ids[:-1]), ValueError, "input batch_size .16. to match target batch_s"),
-    "labels that are no numbers of tokens": (Tokens(lambda ids: ids + 1000), IndexError, "Target 10.. is out of bounds"),
+    "labels of another length": (Tokens(lambda ids: ids[:-1]), ValueError, "batch_size .16. to match target"),
+    "labels that are no tokens": (Tokens(lambda ids: ids + 1000), IndexError, "Target 10.. is out of bounds"),
 }
 
 

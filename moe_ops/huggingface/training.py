@@ -16,7 +16,7 @@ from ..streaming import streams
 
 
 def check(model: nn.Module) -> None:
-    """Raises ValueError where nothing would be trained, or codes were asked for a gradient; warns of what stays as it is.
+    """Raises ValueError where nothing would be trained, or codes were asked for a gradient; warns of what stays.
 
     A model without quantized modules is none of our business, and with adapters nobody expects their base to change.
     """
@@ -27,9 +27,10 @@ def check(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     asked = [name for name in codes if name in parameters and parameters[name].requires_grad]
     if asked:
+        others = f" and {len(asked) - 1} more" if len(asked) > 1 else ""
         raise ValueError(
-            f"{asked[0]}{f' and {len(asked) - 1} more' * (len(asked) > 1)} cannot be trained: they hold codes and scales,"
-            " which have no gradient. Train an adapter (PEFT), what is float, or the float model"
+            f"{asked[0]}{others} cannot be trained: codes and scales have no gradient. Train an adapter (PEFT), what is"
+            " float, or the float model"
         )
     trained = [p for p in parameters.values() if p.requires_grad]
     if not trained:
@@ -48,7 +49,9 @@ def check(model: nn.Module) -> None:
 
 def check_batch(trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> None:
     """Raises ValueError for an empty batch, of which models say no more than that a reshape failed."""
-    empty = [key for key, t in inputs.items() if isinstance(t, Tensor) and not t.numel()] if _ours(trainer, inputs) else []
+    if not _ours(trainer, inputs):
+        return
+    empty = [key for key, t in inputs.items() if isinstance(t, Tensor) and not t.numel()]
     if empty:
         raise ValueError(f"empty batch: {empty[0]} is {tuple(inputs[empty[0]].shape)}")
 

@@ -69,7 +69,7 @@ class Linear(lora.Linear):
     def _delta(self, adapter: str) -> Any:
         """A function that gives what an adapter adds, (N, K)."""
         if self.lora_bias[adapter]:
-            raise ValueError("lora_bias=True cannot be merged into a quantized Linear: its bias has no codes to restore")
+            raise ValueError("lora_bias=True cannot be merged into a quantized Linear: unload the adapter instead")
         return lambda e: self.get_delta_weight(adapter)
 
 
@@ -83,7 +83,9 @@ class ParamWrapper(lora.ParamWrapper):
 
     merge, unmerge = _merge, _unmerge
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
+    ) -> None:
         experts = _experts_of(base_layer)
         if parameter_name not in experts.weight_names():
             raise ValueError(
@@ -106,7 +108,7 @@ class ParamWrapper(lora.ParamWrapper):
 
     def _join(self) -> None:
         experts = _experts_of(self)
-        experts.adapters = {**experts.adapters, self.parameter_name: self}
+        experts.adapters = {**(experts.adapters or {}), self.parameter_name: self}
 
     def get_param(self) -> Tensor:
         """What PEFT asks of the parameter (shape, type, device), without its values: (E, out, in), no storage."""
@@ -182,13 +184,13 @@ class ParamWrapper(lora.ParamWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        experts.adapters = {}
+        experts.adapters = None
         return experts
 
 
 def dispatch(target: nn.Module, adapter_name: str, *, config: Any, parameter_name: str | None = None,
              **kwargs: Any) -> nn.Module | None:  # fmt: skip
-    """Our layer for a quantized module, None for PEFT to choose. Raises ValueError for what such a module cannot have."""
+    """Our layer for a quantized module, None for PEFT to choose. ValueError for what such a module cannot have."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, QuantizedExperts):
         if parameter_name is None:

@@ -54,7 +54,7 @@ def save(module: QuantizedModule, weight: str) -> Saved:
 
 @torch.no_grad()
 def restore(module: QuantizedModule, saved: Saved) -> None:
-    """Put codes and scales back, bit for bit, into the storage that the module has. ValueError where they do not fit."""
+    """Put codes and scales back, bit for bit, into the module's storage. ValueError where they do not fit."""
     for key, t in saved.items():
         p = module._parameters.get(key)
         if p is None or p.shape != t.shape or p.dtype != t.dtype:
@@ -127,9 +127,9 @@ def describe(costs: list[Cost]) -> str:
     formats = ", ".join(dict.fromkeys(c.format for c in costs))
     most = f" ({worst.error:.2%} at most, in {worst.name})" if len(costs) > 1 else ""
     return (
-        f"merged an adapter into {len(costs)} quantized weight{'s' * (len(costs) > 1)} ({formats}): quantizing again put"
-        f" a relative error of {_ratio(off, wanted):.2%} on the merged weights{most}; it is {_ratio(off, added):.2f} times"
-        " as large as what the adapter adds"
+        f"merged an adapter into {len(costs)} quantized weight{'s' * (len(costs) > 1)} ({formats}): quantizing again"
+        f" put a relative error of {_ratio(off, wanted):.2%} on the merged weights{most}; it is"
+        f" {_ratio(off, added):.2f} times as large as what the adapter adds"
     )
 
 
