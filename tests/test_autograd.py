@@ -222,6 +222,15 @@ def test_routing_ops(device):
         torch.testing.assert_close(got.grad.cpu(), want.grad.cpu())
 
 
+def test_the_output_of_a_linear_may_be_changed_in_place():
+    q, (x,) = FORMATS["fp8"].weight.quantize(torch.randn(8, 16)), leaves(torch.randn(2, 3, 16))
+    y = OPS.linear(x, q.qdata, q.scale, format="fp8")
+    y += 1
+    y.sum().backward()
+    want = FORMATS["fp8"].weight.dequantize(q).sum(0)
+    assert torch.allclose(x.grad, want.expand_as(x), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_second_gradient_is_refused():
     layer = Layer("fp8", 3, 16, 8, activation="relu2", gated=False)

@@ -97,6 +97,9 @@ def _weigh_input(x: Tensor, order: Tensor, weights: Tensor | None, top_k: int) -
     return (routing.permute(x, order, top_k).float() * weights[order][:, None]).to(x.dtype)
 
 
+_GRADS = ("x", "w", "b1", "b2", "W1", "W2")  # of experts_backward, in this order
+
+
 def experts_backward(
     parts: Any, grad: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, up: Weight, down: Weight, fmt: Format,
     gate: Gate, *, router_weight_on_input: bool = False, need: tuple[bool, ...] = (True,) * 6,
@@ -108,12 +111,10 @@ def experts_backward(
 
         dh = g W2,  dw = dh . q(h) + g . b2,  dpre = act'(pre) w dh,  dx = dpre W1,  dW2 = g^T (w h),  dW1 = dpre^T x
     """
-    top_k, on_input = topk_ids.shape[1], router_weight_on_input
-    wants = dict(zip(("x", "w", "b1", "b2", "W1", "W2"), need, strict=True))
+    top_k, on_input, wants = topk_ids.shape[1], router_weight_on_input, dict(zip(_GRADS, need, strict=True))
     order, offsets = parts.sort_by_expert(topk_ids, up.qdata.shape[0])
     in_order, gathered = Rows(offsets), Rows(offsets, read=order, top_k=top_k)
-    w = topk_weights.float().reshape(-1)[order][:, None]  # (R, 1) sorted
-    x_in, x_rows = x, gathered
+    w, x_in, x_rows = topk_weights.float().reshape(-1)[order][:, None], x, gathered  # w (R, 1) sorted
     if on_input:
         x_in, x_rows = (routing.permute(x, order, top_k).float() * w).to(x.dtype), in_order  # (R, H)
     pre = _project(parts, x_in, up, x_rows, None, fmt, False)  # (R, 2I), gate first, rounded as in the forward
@@ -123,14 +124,14 @@ def experts_backward(
     wgrad = partial(_wgrad, parts, offsets=offsets, top_k=top_k, grad_fmt=grad_fmt)
     if wants["W2"] or wants["w"]:
         h = _seen(parts, Operand(h), down, in_order, fmt)[0].float()
+    if wants["w"] and not on_input:
+        dots = (grad_h * h).sum(-1) + _bias_dots(grad, down, order, offsets, top_k)
+        out["w"] = _to_slots(_owned(dots, offsets), order, topk_weights)
     if not on_input:
-        if wants["w"]:
-            dots = (grad_h * h).sum(-1) + _bias_dots(grad, down, order, offsets, top_k)
-            out["w"] = _to_slots(_owned(dots, offsets), order, topk_weights)
         grad_h, h = grad_h * w, h * w if wants["W2"] else h
     if wants["b2"]:
-        rows = routing.permute(grad, order, top_k).float()  # (R, H)
-        out["b2"] = _bias_grad(rows if on_input else rows * w, offsets, down)
+        rows = routing.permute(grad, order, top_k)  # (R, H)
+        out["b2"] = _bias_grad(rows if on_input else rows.float() * w, offsets, down)
     if wants["W2"]:
         out["W2"] = wgrad(grad, h.to(x.dtype), down, grad_read=order)
     if not (wants["x"] or wants["b1"] or wants["W1"] or (wants["w"] and on_input)):
@@ -143,7 +144,7 @@ def experts_backward(
         out["W1"] = wgrad(grad_pre, seen.to(x.dtype), up, x_read=rows_in.read)
     back = partial(_back, parts, grad_pre, up, fmt=fmt, grad_fmt=grad_fmt, dtype=x.dtype)
     if on_input and (wants["x"] or wants["w"]):
-        grad_x = back(in_order)  # (R, H) sorted
+        grad_x = back(in_order)  # (R, H)
         out["w"] = _to_slots(_row_dots(grad_x, routing.permute(x, order, top_k), offsets), order, topk_weights)
         out["x"] = parts.combine(routing.unpermute((grad_x.float() * w).to(x.dtype), order), top_k)
     elif wants["x"]:

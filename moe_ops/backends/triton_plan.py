@@ -182,7 +182,7 @@ class Product:
     def kind(self) -> Kind:
         """What the tables of configurations call it."""
         if self.transpose:
-            return Kind(self.plan.mma, transposed=True)
+            return Kind(self.plan.mma, self.plan.decoded, transposed=True)
         promoted = self.scaled or self.plan.promote is not None
         return Kind(self.plan.mma, self.plan.decoded, promoted, self.gated, self.w.bias is not None)
 

@@ -174,11 +174,16 @@ HOPPER: dict[Kind, Table] = {
         MANY: Config(64, 128, 128, 8, 4, group_m=8),
     },
     **{kind: SMALL[kind] for kind in _SHARED},
-    Kind("bf16", wgrad=True): {MANY: Config(128, 256, 64, 8, 3, group_m=8)},
+    Kind("bf16", transposed=True): {
+        16: Config(16, 64, 32, 4, 2), 64: Config(64, 64, 32, 4, 2, group_m=8),
+        MANY: Config(128, 64, 64, 4, 3, group_m=8),
+    },
+    Kind("bf16", wgrad=True): {MANY: Config(128, 128, 64, 8, 4, group_m=8)},
     Kind("bf16", promoted=True, wgrad=True): {MANY: Config(128, 128, 128, 8, 3, group_m=8)},
-    Kind("fp8", promoted=True, wgrad=True): {MANY: Config(128, 128, 128, 8, 4, group_m=8)},
+    Kind("fp8", promoted=True, wgrad=True): {MANY: Config(64, 128, 128, 4, 4, group_m=8)},
 }  # fmt: skip
 # Unpacking 6 bits takes registers.
+HOPPER[Kind("bf16", decoded=6, transposed=True)] = SMALL[Kind("bf16", transposed=True)]
 _SIX = {40: Config(32, 64, 128, 8, 3)}
 HOPPER[Kind("bf16", decoded=6, gated=True)] = HOPPER[Kind("bf16", decoded=8, gated=True)] | _SIX
 # sm_100: accumulators come from tensor memory into registers for the epilogue, so gated tiles are half as wide.
@@ -210,7 +215,7 @@ def table(kind: Kind, arch: int) -> Table:
     """The entry of the kind, or of the nearest one: without the bias, then the gate, the promotion, the decoding."""
     listed = tables(arch)
     if kind.transposed or kind.wgrad:
-        return listed[kind]
+        return listed.get(kind) or listed[replace(kind, decoded=0)]
     flags = [(flag, False) if flag else (False,) for flag in (kind.promoted, kind.gated, kind.bias)]
     bits = dict.fromkeys((kind.decoded, min(kind.decoded, 8) and 8, 0))
     return next(listed[near] for near in (Kind(kind.mma, *f) for f in product(bits, *flags)) if near in listed)

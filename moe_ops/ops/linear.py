@@ -53,7 +53,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     impl = select(_problem("grouped_mm", rows, w, fmt, None, batch_invariant), backend)
     out = impl.fn(Operand(rows), w, _ROWS, None, fmt, out_dtype=x.dtype, batch_invariant=batch_invariant)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])  # no view: it may be changed in place
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
