@@ -86,6 +86,16 @@ class Parts(triton.Parts):
         return Fresh(q.data, q.scale, q.global_scale, x, scale)
 
     @staticmethod
+    def values(x: Operand, codec: Codec) -> Tensor:
+        """fp32 values of codes (M, K)."""
+        numbers = decoded(unpack(x.data, codec.element.bits) if codec.packed else x.data, codec).float()
+        assert x.scale is not None
+        scale = scale_value(x.scale)
+        if scale.ndim and scale.shape[-1] > 1:
+            scale = scale.repeat_interleave(group_of(codec), -1)[:, : numbers.shape[1]]
+        return numbers * scale if x.global_scale is None else numbers * scale * x.global_scale
+
+    @staticmethod
     def combine(rows: Tensor | triton.Sums, top_k: int) -> Tensor:
         if isinstance(rows, triton.Sums):
             return routing.combine(rows.parts, top_k, rows.dtype)

@@ -45,7 +45,8 @@ def test_experts(name, kind, shape):
     truth, plain = wanted(torch.float64), wanted(DTYPE)
     for i, what in enumerate(("out", "x", "weights")):
         nudged = lambda nudge, i=i: wanted(torch.float64, nudge)[i].double()  # noqa: E731
-        assert_as_good(got[i], truth[i].double(), plain[i], what, nudged=nudged)
+        # Of router weights: a sum over I of sums over H, where plain torch has one over H of what it has anyway.
+        assert_as_good(got[i], truth[i].double(), plain[i], what, 2.0 * 2**0.5 if what == "weights" else 2.0, nudged)
 
 
 @pytest.mark.parametrize("name", FORMATS)

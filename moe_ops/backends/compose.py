@@ -180,11 +180,7 @@ def _seen(parts: Any, x: Operand, w: Weight, rows: Rows, fmt: Format) -> tuple[T
         return x.data, rows
     if x.scale is None:
         x, rows = quantize_rows(parts, x.data, w, rows, codec)
-    values, scale = codec.decode(x.data), x.scale
-    assert scale is not None
-    scale = codec.spread(scale.float(), *values.shape) if scale.ndim and scale.shape[-1] > 1 else scale.float()
-    values = values * scale
-    return values if x.global_scale is None else values * x.global_scale, rows
+    return parts.values(x, codec), rows
 
 
 def _bias_dots(grad: Tensor, w: Weight, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:

@@ -5,6 +5,8 @@ R sorted rows, E experts, N output channels, K contraction. On CUDA it reads the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,11 @@ def _take(x: Operand, codec: Codec | None, index: Tensor | slice) -> Tensor:
     return values if whole is None else values * whole
 
 
+def values(x: Operand, codec: Codec) -> Tensor:
+    """fp32 values of codes (M, K)."""
+    return _take(replace(x, scale=None if x.scale is None else x.scale.float()), codec, slice(None))
+
+
 def _expert(w: Weight, codec: Codec, e: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
     """One expert, gate rows first: matrix (N, K) in fp32, scale (N,) that multiplies its channels, bias (N,).
 
@@ -143,6 +150,7 @@ class Parts:
     sort_by_expert = staticmethod(routing.sort_by_expert)
     combine = staticmethod(routing.combine)
     quantize = staticmethod(quantize)
+    values = staticmethod(values)
     grouped_mm = staticmethod(grouped_mm)
     grouped_wgrad = staticmethod(grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)

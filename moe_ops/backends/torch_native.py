@@ -78,6 +78,7 @@ class Parts:
     sort_by_expert = staticmethod(routing.sort_by_expert)
     combine = staticmethod(routing.combine)
     quantize = staticmethod(reference.quantize)
+    values = staticmethod(reference.values)
     grouped_mm = staticmethod(grouped_mm)
     grouped_wgrad = staticmethod(reference.grouped_wgrad)
     quantize_weight = staticmethod(reference.quantize_weight)

@@ -25,7 +25,7 @@ from ..kernels.grouped_mm import _grouped_mm_kernel, _grouped_mm_sized_kernel, l
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
 from ..kernels.parts import add
 from ..kernels.scales import RULES
-from . import compose, triton_wgrad
+from . import compose, reference, triton_wgrad
 from .base import Operand, Problem, Rows, Weight, arch_of, interpreted
 from .triton_plan import TL, Plan, Prepared, Product, as_bytes, bits_of, group_of, has_fp8, kind_of, plan_of
 from .triton_supports import supports
@@ -154,6 +154,7 @@ class Parts:
     sort_by_expert = staticmethod(routing_kernels.sort_by_expert)
     combine = staticmethod(combine)
     quantize = staticmethod(quantize)
+    values = staticmethod(reference.values)
     arranged = staticmethod(arranged)
     launch = staticmethod(launch)
     grouped_wgrad = staticmethod(triton_wgrad.grouped_wgrad)
