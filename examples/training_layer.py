@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from moe_ops import QuantizedExperts
 from moe_ops.formats import FORMATS, dequantize_weight
-from moe_ops.ops.wgrad import multiplies_gradients
+from moe_ops.ops.training import multiplies_gradients
 from moe_ops.storage import Training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from . import routing
 from .activation import Gate, apply_gate, interleave, resolve_activation
 from .adapters import FLAGS, ExpertsSpec
-from .backends.base import check_backend, resolve
-from .formats import FORMATS, Codec, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
+from .backends.base import Operand, check_backend, resolve
+from .backends.reference import values
+from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
@@ -209,7 +210,8 @@ class QuantizedExperts(QuantizedModule):
             static = input_scale[owner][:, None]  # (R, 1)
             codes, scale, whole = torch.ops.moe_ops.quantize(x.detach(), static, codec.name, backend)
             if torch.is_grad_enabled() and x.requires_grad:  # straight through: codes have no gradient, their values do
-                x = _values(codec, codes, scale, whole).to(x.dtype) + (x - x.detach())
+                seen = values(Operand(codes, scale, whole if codec.global_scale else None), codec)
+                x = seen.to(x.dtype) + (x - x.detach())
                 fmt = f"{fmt.partition('/')[0]}/bf16"
             else:
                 x, rows["x_scale"], rows["x_global_scale"] = codes, scale, whole if codec.global_scale else None
@@ -354,14 +356,6 @@ def _replace_bias(module: nn.Module, key: str, change: Any) -> None:
     changed = change(found)
     if changed is not found:  # else the parameter stays itself, for optimizers that hold it
         module._parameters[key] = nn.Parameter(changed.contiguous(), requires_grad=bias.requires_grad)
-
-
-def _values(codec: Codec, codes: Tensor, scale: Tensor, whole: Tensor) -> Tensor:
-    """What moe_ops::quantize gave for rows with static scales (R, 1) -> their values (R, K) in fp32, no gradient."""
-    if not codec.global_scale:
-        return codec.decode(codes) * scale.float()
-    rows = QuantizedTensor(codes[:, None], scale[:, None], None, whole[:, 0], codec)
-    return codec.dequantize(rows)[:, 0]
 
 
 def _rows_first(w: Tensor, transposed: bool) -> tuple[int, int, int]:

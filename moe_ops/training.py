@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import experts, linear
 from .backends.base import check_backend
 from .formats import FORMATS, Format, quantize_weight
-from .ops.wgrad import multiplies_gradients
+from .ops.training import multiplies_gradients
 from .quantize import check_plan, store, tell
 from .rules import parse
 from .storage import QuantizedModule, Training
@@ -133,12 +133,10 @@ def requantize_(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     if problems:
         raise ValueError("\n".join(["cannot do this, the model is unchanged:", *problems]))
     for module, name, key, w in found:
-        device = getattr(module, key).device
-        stream, requires_grad = Stream(module, name), getattr(module, key).requires_grad
+        stream, device = Stream(module, name), getattr(module, key).device
         if module.layouts()[key].experts is None:
             stream.take(key, 0, w.to(device))
         else:
             for e, one in enumerate(w[: module.layouts()[key].experts]):
                 stream.take(key, e, one.to(device))
-        getattr(module, key).requires_grad_(requires_grad)
     return model

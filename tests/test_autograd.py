@@ -42,13 +42,19 @@ def compare(got, truth, plain, nudged=None):
         assert_as_good(a, b.double(), c.double(), what, nudged=nudged and (lambda nudge, i=i: nudged(nudge)[i]))
 
 
+def case(name, kind, device, make=Layer):
+    """A layer, what it is called with, and whether the router's weights multiply its input."""
+    options, dtype = dict(LAYERS[kind]), working(name, device)
+    on_input = options.pop("on_input", False)
+    layer = make(name, 5, *fit(name, 72, 40), dtype=dtype, **options)
+    return layer, inputs(12, layer.hidden, 3, 5, dtype), on_input
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name, kind, device):
-    options, dtype = dict(LAYERS[kind]), working(name, device)
-    on_input = options.pop("on_input", False)
-    layer = Layer(name, 5, *fit(name, 72, 40), dtype=dtype, **options)
-    x, ids, weights = inputs(12, layer.hidden, 3, 5, dtype)
+    layer, (x, ids, weights), on_input = case(name, kind, device)
+    dtype = layer.dtype
     got = leaves(x, weights, layer.up_bias, layer.down_bias, device=device)
     args = layer.tensors(device, up_bias=got[2], down_bias=got[3])
     out = OPS.experts(got[0], ids.to(device), got[1], *args, **layer.options(), router_weight_on_input=on_input)

@@ -7,11 +7,11 @@ import oracle
 import pytest
 import torch
 from oracle import Layer, assert_as_good, fit, inputs
-from test_autograd import LAYERS, leaves, upstream, working
+from test_autograd import LAYERS, case, leaves, upstream, working
 
 import moe_ops.ops  # noqa: F401
 from moe_ops.formats import FORMATS, quantize_weight
-from moe_ops.ops.wgrad import multiplies_gradients
+from moe_ops.ops.training import multiplies_gradients
 
 OPS = torch.ops.moe_ops
 IN_CODES = [name for name in FORMATS if multiplies_gradients(FORMATS[name])]
@@ -43,10 +43,8 @@ def arguments(layer, device):
 @pytest.mark.parametrize("kind", [k for k in LAYERS if k not in ("gelu", "silu_plain_on_input")])
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name, kind, device):
-    options, dtype = dict(LAYERS[kind]), working(name, device)
-    on_input = options.pop("on_input", False)
-    layer = Leaves(name, 5, *fit(name, 72, 40), dtype=dtype, **options)
-    x, ids, weights = inputs(12, layer.hidden, 3, 5, dtype)
+    layer, (x, ids, weights), on_input = case(name, kind, device, Leaves)
+    dtype = layer.dtype
     args, trained = arguments(layer, device)
     out = OPS.experts(x.to(device), ids.to(device), weights.to(device), *args, **layer.options(),
                       router_weight_on_input=on_input)  # fmt: skip

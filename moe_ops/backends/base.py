@@ -80,6 +80,11 @@ class Weight:
     interleaved: bool = False
     master: Tensor | None = None  # the float weight (E, N, K) that the codes were made of, where it is trained
 
+    @property
+    def trained(self) -> Tensor:
+        """What has a gradient: the master of codes, or the weight, where it is floats."""
+        return self.qdata if self.master is None else self.master
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -166,10 +166,10 @@ def _back(
 
 def _wgrad(parts: Any, grad: Tensor, x: Tensor, w: Weight, *, grad_fmt: Format | None, **rows: Any) -> Tensor:
     """(E, N, K) in the dtype of the float weight, its rows in the order in which they are stored."""
-    codec, weight = grad_fmt and grad_fmt.activation, w.qdata if w.master is None else w.master
     out = parts.grouped_wgrad(
-        grad.contiguous(), x, rows.pop("offsets"), codec, num_experts=weight.shape[0], out_dtype=weight.dtype, **rows
-    )
+        grad.contiguous(), x, rows.pop("offsets"), grad_fmt and grad_fmt.activation, num_experts=w.trained.shape[0],
+        out_dtype=w.trained.dtype, **rows,
+    )  # fmt: skip
     return interleave(out.mT).mT.contiguous() if w.interleaved else out
 
 

@@ -1,3 +1,3 @@
 """The ops `torch.ops.moe_ops.*`: importing this registers them."""
 
-from . import experts, grouped_mm, library, linear, quantize, routing, wgrad  # noqa: F401
+from . import experts, grouped_mm, library, linear, quantize, routing, training  # noqa: F401

@@ -12,7 +12,7 @@ from ..backends.base import Weight, select
 from ..formats import FORMATS, Format
 from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight, make_gate
 from .library import define, gradient, needs_grad, no_gradient
-from .wgrad import check_frozen, check_training, gradient_format
+from .training import check_frozen, check_training, gradient_format
 
 _TENSORS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "

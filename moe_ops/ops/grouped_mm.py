@@ -15,7 +15,7 @@ from ..backends.base import FLOATS, Operand, Problem, Rows, Weight, arch_of, sel
 from ..formats import FORMATS, Codec, Format
 from .library import define, gradient, needs_grad, no_gradient
 from .quantize import check_static
-from .wgrad import check_frozen, check_training, gradient_format
+from .training import check_frozen, check_training, gradient_format
 
 _WEIGHT = (
     "Tensor? weight_scale=None, Tensor? weight_global_scale=None, Tensor? weight_zero_point=None, Tensor? bias=None"

@@ -11,7 +11,7 @@ from ..backends.base import Operand, Rows, Weight, select
 from ..formats import FORMATS
 from .grouped_mm import _problem, check_floats, check_input_scale, check_invariant, check_weight
 from .library import define, gradient, needs_grad, no_gradient
-from .wgrad import check_frozen, check_training, gradient_format
+from .training import check_frozen, check_training, gradient_format
 
 _ROWS = Rows(None)
 

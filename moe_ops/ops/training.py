@@ -15,11 +15,6 @@ from ..formats import FORMATS, Codec, Format, QuantizedTensor, empty_weight
 from .library import define, no_gradient
 
 
-def trained(w: Weight) -> Tensor:
-    """What has the gradient: the float weight that the codes were made of, or the weight, where it is floats."""
-    return w.qdata if w.master is None else w.master
-
-
 def gradient_format(name: str | None) -> Format | None:
     return None if name is None else FORMATS[name]
 
