@@ -134,7 +134,7 @@ class QuantizedExperts(QuantizedModule):
         adapted = any(self._adapter(name) is not None for name in self.weight_names())
         if spec.row_dropout and not self.training:
             weights = weights * (1.0 - spec.row_dropout)
-        if spec.gate is not None and spec.post_norm is None and not drops and not adapted:
+        if spec.gate is not None and spec.post_norm is None and not drops and not adapted and self.as_one_op():
             out = self._fused(rows, local, weights, on_input)
         elif on_input:
             out = self._weighed(rows, local, weights)
@@ -145,6 +145,14 @@ class QuantizedExperts(QuantizedModule):
         same = (ids >= spec.num_experts) & (ids < spec.num_experts + spec.identities)  # (T, A)
         share = torch.where(same, weights.float(), 0.0).sum(-1, keepdim=True)  # (T, 1)
         return (out.float() + x.float() * share).to(x.dtype)
+
+    def as_one_op(self) -> bool:
+        """Nothing has to be done between the two projections."""
+        return True
+
+    def static_scale(self, name: str, x: Tensor, offsets: Tensor, rows: Mapping[str, Any]) -> Tensor | None:
+        """(E,): the scale of the activations of a projection that is known before it runs; None: x tells."""
+        return self.part(name, "input_scale")
 
     def _fused(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool) -> Tensor:
         gate = self.spec.gate
@@ -197,7 +205,7 @@ class QuantizedExperts(QuantizedModule):
     def _project(self, x: Tensor, name: str, offsets: Tensor, *, gate: Gate | None = None, **rows: Any) -> Tensor:
         """One grouped product of rows sorted by expert, with bias, and the activation where it is known."""
         backend, invariant = resolve(self.backend)
-        out_dtype, input_scale, adapter = x.dtype, self.part(name, "input_scale"), self._adapter(name)
+        out_dtype, input_scale, adapter = x.dtype, self.static_scale(name, x, offsets, rows), self._adapter(name)
         added = None
         if adapter is not None:
             assert gate is None  # it comes after the sum

@@ -58,9 +58,13 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         backend, invariant = resolve(self.backend)
         w = self.operands("weight", backend)
         return torch.ops.moe_ops.linear(
-            autocast(x), w.codes, w.scale, w.global_scale, w.zero_point, self.bias, w.input_scale, w.master,
+            autocast(x), w.codes, w.scale, w.global_scale, w.zero_point, self.bias, self.static_scale(x), w.master,
             format=self.computes.name, grad_format=self.grad_format, backend=backend, batch_invariant=invariant,
         )  # fmt: skip
+
+    def static_scale(self, x: Tensor) -> Tensor | None:
+        """(): the scale of activations that is known before they are quantized; None: x tells."""
+        return self.part("weight", "input_scale")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K): the values of the stored codes."""

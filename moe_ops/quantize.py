@@ -71,15 +71,18 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Replace every quantized module by a float one of the original class, layout and dtype; returns the model.
 
     The weights are the values that the codes stand for, not the ones from before. Raises ValueError for a compiled
-    model, for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to), and for
-    adapters that PEFT cannot have on float experts.
+    model, for experts that were made by `QuantizedExperts.from_float` (there is no class to go back to), for adapters
+    that PEFT cannot have on float experts, and for a rank's part of a model.
     """
     check_not_compiled(model)
     mine = [p for p in places(model) if isinstance(p.module, QuantizedModule)]
-    _raise([
+    check_problems([
         f"{p.name or 'the model'} was made by QuantizedExperts.from_float: it has no float class, use its .dequantize()"
         for p in mine
         if isinstance(p.module, QuantizedExperts) and p.module.original_class is None
+    ] + [
+        f"{p.name or 'the model'} holds one rank's part of its weights: the float module would be that part alone"
+        for p in mine if p.module.ranks is not None
     ] + [
         f"{p.name}.{name} has an adapter: {reason}; merge or unload it first"
         for p in mine
@@ -128,7 +131,7 @@ def tell(model: nn.Module) -> None:
 
 def check_plan(found: Plan) -> None:
     """ValueError with every reason why a plan cannot be carried out."""
-    _raise(found.problems)
+    check_problems(found.problems)
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -189,7 +192,7 @@ def _with_progress(targets: list[Target], show: bool | None) -> Iterator[Target]
             bar.close()
 
 
-def _raise(problems: list[str]) -> None:
+def check_problems(problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ValueError("\n".join(["cannot do this, the model is unchanged:", *problems[:_SHOWN], *more]))

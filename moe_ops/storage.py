@@ -69,6 +69,7 @@ class QuantizedModule(nn.Module):
     backend: str | None
     float_dtype: torch.dtype
     trained: Training | None = None  # weights are floats then, `format` is "bf16"
+    ranks: Any = None  # what says that the weights are one rank's part of the whole's (sharding)
     _is_hf_initialized = True  # transformers' weight initialisation passes such modules over
 
     def weight_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Devices that tests run on, and where the tests of kernels run (see interpreter.py)."""
 
 import os
+import sys
 
 import interpreter
 import pytest
@@ -30,6 +31,8 @@ def pytest_pyfunc_call(pyfuncitem):
 
 def pytest_unconfigure(config):
     interpreter.stop()
+    if "rank_pool" in sys.modules:
+        sys.modules["rank_pool"].stop()
 
 
 @pytest.fixture(params=["cpu", "cuda"] if CUDA else ["cpu"])
