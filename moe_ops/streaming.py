@@ -6,12 +6,23 @@ E experts, S shards (gate and up), N rows and K columns of one matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .formats import FORMATS, QuantizedTensor, write_matrix
 from .storage import QuantizedModule
+
+
+class Share(Protocol):
+    """What a rank keeps of a weight that is read whole (sharding)."""
+
+    def index(self, expert: int) -> int | None:
+        """Where an expert is kept; None for one of another rank."""
+
+    def codes(self, weight: str, matrix: Tensor) -> QuantizedTensor:
+        """This rank's part of the codes of a whole matrix (N, K)."""
 
 
 class Stream:
@@ -30,7 +41,8 @@ class Stream:
         self.pending = {
             weight: {(e, s) for e in range(x.experts or 1) for s in range(x.shards)} for weight, x in layouts.items()
         }
-        self._layouts = layouts
+        self._layouts, self._float_shapes = layouts, {weight: module.float_shape(weight) for weight in layouts}
+        self.share: Share | None = None
         self._storage: dict[str, QuantizedTensor] = {}
         self._biases: dict[str, nn.Parameter] = {}
 
@@ -39,7 +51,7 @@ class Stream:
         m = self.module
         for weight in self._layouts:
             self.module.empty_weight(weight, None)
-            shape = m.float_shape(weight)
+            shape = self._float_shapes[weight]
             m._parameters[weight] = nn.Parameter(torch.empty(shape, dtype=m.float_dtype, device="meta"), False)
 
     def dtype(self, weight: str) -> torch.dtype:
@@ -66,18 +78,22 @@ class Stream:
             raise ValueError(f"{label} must be {(layout.n, layout.k)}, got {tuple(matrix.shape)}")
         if not matrix.is_floating_point() or matrix.element_size() < 2:
             raise ValueError(f"{label} is {matrix.dtype}: codes of another tool? only float weights are quantized")
+        self.pending[weight].discard((expert, shard))
+        index = expert if self.share is None else self.share.index(expert)
+        if index is None:
+            return
         self.allocate(weight, matrix.device)
         matrix = matrix.detach().to(self.dtype(weight)).contiguous()
         if matrix.numel() and not matrix.is_meta and not all(bool(torch.isfinite(x)) for x in torch.aminmax(matrix)):
             raise ValueError(f"{label} has non-finite values")
-        codec = self.module.quantization.weight
-        write_matrix(self._storage[weight], expert, shard, codec.quantize(matrix), layout.shards)
-        self.pending[weight].discard((expert, shard))
+        quantize = self.module.quantization.weight.quantize
+        codes = quantize(matrix) if self.share is None else self.share.codes(weight, matrix)
+        write_matrix(self._storage[weight], index, shard, codes, layout.shards)
 
     def take(self, weight: str, expert: int, found: Tensor) -> None:
         """Store all shards of one expert, in the layout of the float model: transposed, interleaved, ..."""
         layout = self._layouts[weight]
-        shape = tuple(self.module.float_shape(weight)[1 if layout.experts is not None else 0 :])
+        shape = tuple(self._float_shapes[weight][1 if layout.experts is not None else 0 :])
         if tuple(found.shape) != shape:
             raise ValueError(f"{self.label(weight, expert)} must be {shape}, got {tuple(found.shape)}")
         w = self.module.canonical(weight, found)  # (S*N, K)
@@ -89,8 +105,8 @@ class Stream:
         if self._layouts[weight].experts is None:
             self.take(weight, 0, found)
             return
-        if found.shape != self.module.float_shape(weight):
-            want = tuple(self.module.float_shape(weight))
+        if found.shape != self._float_shapes[weight]:
+            want = tuple(self._float_shapes[weight])
             raise ValueError(f"{self.label(weight)} must be {want}, got {tuple(found.shape)}")
         for e, one in enumerate(found[: self._layouts[weight].experts]):  # more rows: experts without weights
             self.take(weight, e, one)
@@ -110,7 +126,20 @@ class Stream:
 
     def experts_stored(self, weight: str) -> int | None:
         """Experts in the float model's parameter: more, where some compute nothing."""
-        return None if self.experts(weight) is None else self.module.float_shape(weight)[0]
+        return None if self.experts(weight) is None else self._float_shapes[weight][0]
+
+    def float_shape(self, weight: str) -> torch.Size:
+        """Of the float model's parameter."""
+        return self._float_shapes[weight]
+
+    def wants(self, expert: int) -> bool:
+        """Whether the matrices of an expert have to be read."""
+        return self.share is None or self.share.index(expert) is not None
+
+    def of_others(self) -> None:
+        """Nothing is missed of what other ranks keep."""
+        for pending in self.pending.values():
+            pending -= {(e, s) for e, s in pending if not self.wants(e)}
 
     def label(self, weight: str, expert: int | None = None, shard: int | None = None) -> str:
         layout, full = self._layouts[weight], f"{self.name}.{weight}" if self.name else weight

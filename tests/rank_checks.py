@@ -203,3 +203,76 @@ def generates(dims, fmt, compiled):
         "out": toy.relative_error(torch.stack(got.logits), torch.stack(want.logits)),
         "heads": got.past_key_values.layers[0].keys.shape[1],
     }  # fmt: skip
+
+
+def saved(path, name="qwen3_moe", fmt=None, **config):
+    """A checkpoint of a tiny model, in float or quantized; made by one process."""
+    import tiny_models
+
+    model = tiny_models.build(name, **config)
+    if fmt is not None:
+        moe_ops.quantize_(model, fmt)
+    model.save_pretrained(path)
+
+
+def loads(path, name, fmt, given, stored=None):
+    """from_pretrained under a plan, against the whole model from the same files."""
+    import tiny_models
+    import transformers
+
+    cls = getattr(transformers, tiny_models.FAMILIES[name]["model"])
+    config = moe_ops.MoeOpsConfig(fmt) if stored is None else None
+    whole = cls.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+    want = tiny_models.run(whole)
+    if "ep" in given:
+        given = expert_parallel()
+    try:
+        model = cls.from_pretrained(path, dtype=torch.float32, quantization_config=config, **given)
+    except (ValueError, RuntimeError) as e:
+        return {"refused": f"{type(e).__name__}: {e}"}
+    with torch.no_grad():
+        got = tiny_models.run(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(**tiny_models.inputs(model)).logits
+    sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 3) for m in (model, whole)]
+    try:
+        model.save_pretrained(f"{path}/again")
+        refused = ""
+    except ValueError as e:
+        refused = str(e)
+    kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "ranks", None) is not None})
+    return {"out": toy.relative_error(got, want), "compiled": toy.relative_error(compiled, got), "kinds": kinds,
+            "share": sizes[0] / sizes[1], "save": refused}  # fmt: skip
+
+
+def experts_read(path):
+    """How many matrices of experts a rank reads under an expert parallel plan."""
+    import transformers
+
+    from moe_ops.huggingface import conversion
+
+    read, counted = conversion._read, []
+
+    def count(found):
+        out = read(found)
+        counted.append(tuple(out.shape))
+        return out
+
+    conversion._read = count
+    try:
+        transformers.Qwen3MoeForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=moe_ops.MoeOpsConfig("int8"), **expert_parallel()
+        )
+    finally:
+        conversion._read = read
+    return len(counted)
+
+
+def expert_parallel():
+    """Arguments of from_pretrained, in the words of each version."""
+    import torch.distributed as dist
+    from transformers.distributed import DistributedConfig
+
+    n = dist.get_world_size()
+    more = {"ep_size": n} if hasattr(DistributedConfig(), "ep_size") else {"enable_expert_parallel": True}
+    return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=n, **more)}

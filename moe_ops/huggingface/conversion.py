@@ -65,7 +65,7 @@ class StreamingConverter(WeightConverter):
         experts, stored = stream.experts(weight), stream.experts_stored(weight)
         absent = [p for p in self.source_patterns if p not in counts]
         if experts is not None and not absent and set(counts.values()) == {stored} and stored != 1:
-            for e in range(experts):
+            for e in filter(stream.wants, range(experts)):
                 self._take(stream, weight, e, {p: self.collected_tensors[p][e] for p in counts}, context)
         elif not absent and set(counts.values()) == {1}:
             self._take_stacked(stream, weight, context)
@@ -98,9 +98,9 @@ class StreamingConverter(WeightConverter):
         if experts is None or any(t.ndim < 3 or t.shape[0] != stored for t in whole.values()):
             stream.take_whole(weight, self._run({p: [t] for p, t in whole.items()}, context))
             return
-        for e in range(experts):
+        for e in filter(stream.wants, range(experts)):
             parts = {p: [t[e : e + 1]] for p, t in whole.items()}
-            shape = stream.module.float_shape(weight)[1:]
+            shape = stream.float_shape(weight)[1:]
             as_stored = next(iter(parts.values()))[0][0]
             # A step that transposes only what does not fit the parameter compares all of it: do as it would.
             if any(getattr(op, "check_dims", False) for op in self.operations) and as_stored.shape == shape:

@@ -51,6 +51,7 @@ class MoeOpsQuantizer(HfQuantizer):
         self._float_experts: list[str] = []
         self._files: list[str] = []
         self._model: Any = None
+        self._ranks: Any = None
 
     # Before loading
 
@@ -75,8 +76,6 @@ class MoeOpsQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        if getattr(model.config, "distributed_config", None) is not None or getattr(model, "_tp_size", None):
-            raise ValueError("a model is quantized on load before it is distributed: load it without a parallel plan")
         files = list(checkpoint_files or ())
         self._files = files if all(str(f).endswith(".safetensors") for f in files) else []
         found = self._plan(model)
@@ -91,7 +90,20 @@ class MoeOpsQuantizer(HfQuantizer):
         for name, m in streams(model):
             self._in_fp32(name, m, dtypes)
             self._open(name, m)
+        self._share(model)
         self._shapes = {key: t.shape for key, t in model.state_dict().items() if key not in self._streams}
+
+    def _share(self, model: Any) -> None:
+        """Under a plan of transformers: every rank will keep its part."""
+        config = getattr(model.config, "distributed_config", None)
+        if config is None:
+            return
+        from .ranks import Ranks
+
+        self._ranks = Ranks(model, config)
+        late = [f"{t.name}: its experts are modules, which a plan cannot share; parallelize_ can" for t in self._late]
+        _raise(self._ranks.problems() + late)
+        self._ranks.wait({s.name: s for s, _ in self._streams.values()}, self._sizes)
 
     def _plan(self, model: nn.Module) -> Plan:
         """By the rules as they were given, or by what a checkpoint says of each module."""
@@ -195,12 +207,16 @@ class MoeOpsQuantizer(HfQuantizer):
     # After loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        _raise(self.problems)
+        self._raise_on_all(self.problems)
         # 5.17 compares no shapes where there is a quantizer, and later versions only those of some.
         now = {key: t.shape for key, t in model.state_dict().items() if key in self._shapes}
         _raise([f"{key} must be {tuple(self._shapes[key])}, got {tuple(s)}" for key, s in now.items()
                 if s != self._shapes[key]])  # fmt: skip
-        _raise([text for name, m in streams(model) for text in self._finish(name, m)])
+        self._raise_on_all([text for name, m in streams(model) for text in self._finish(name, m)])
+        for name, share in () if self._ranks is None else self._ranks.shares.items():
+            share.cut_(model.get_submodule(name), codes=self.pre_quantized)
+        if self._ranks is not None:
+            self._ranks.sum_gradients()
         self._streams, self._expected, self._sizes, self._shapes = {}, {}, {}, {}
         late, self._late = self._late, []
         replace_(late, self.quantization_config.backend)
@@ -213,6 +229,13 @@ class MoeOpsQuantizer(HfQuantizer):
         model.quantization_config = self.quantization_config
         keep_names(model)
         return model
+
+    def _raise_on_all(self, problems: list[str]) -> None:
+        if self._ranks is not None:
+            from .ranks import agreed
+
+            problems = agreed(problems)
+        _raise(problems)
 
     def _finish(self, name: str, m: QuantizedModule) -> list[str]:
         """What a module lacks once everything has been read."""
@@ -229,6 +252,8 @@ class MoeOpsQuantizer(HfQuantizer):
         return [f"{name}.{key}: the checkpoint lacks it" for key, p in rest.items() if not disk.loaded(p)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts = [name for name, m in streams(model) if m.ranks is not None]
+        _raise([f"{name} holds one rank's part of its weights: save the whole model" for name in parts], "saved")
         self.quantization_config.refresh(model)
         return disk.state(model), {}
 
@@ -254,10 +279,10 @@ class MoeOpsQuantizer(HfQuantizer):
         return True
 
 
-def _raise(problems: list[str]) -> None:
+def _raise(problems: list[str], what: str = "loaded quantized") -> None:
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n".join(["this checkpoint cannot be loaded quantized:", *problems[:_SHOWN], *more]))
+        raise ValueError("\n".join([f"this checkpoint cannot be {what}:", *problems[:_SHOWN], *more]))
 
 
 def _owns_its_weights(target: Target) -> bool:

@@ -33,6 +33,9 @@ class Cut(NamedTuple):
         spans = [self.span(rank) for rank in range(self.group.size)]
         return tuple(stop - start for start, stop in spans)
 
+    def uneven(self) -> bool:
+        return len(set(self.widths())) > 1
+
 
 class ParallelLinear(nn.Linear):
     """y = x W^T + bias, as of the whole.

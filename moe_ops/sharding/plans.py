@@ -56,12 +56,21 @@ def generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"^\d+(?=\.|$)", "*", name))
 
 
-def cuts(model: nn.Module, plan: Mapping[str, str], group: Group) -> tuple[dict[str, Cut], list[str]]:
-    """Name of each dense module, and parameter of its own, that the plan cuts -> its slice; and why it cannot be."""
+def cuts(
+    model: nn.Module, plan: Mapping[str, str], group: Group, alone: bool = True
+) -> tuple[dict[str, Cut], list[str]]:
+    """Name of each dense module, and parameter of its own, that the plan cuts -> its slice; and why it cannot be.
+
+    Not `alone`: somebody else cuts what is float, as torch.chunk does. Then quantized Linears only are answered for.
+    """
     modules = dict(model.named_modules())
     experts = tuple(f"{name}." for name in _experts(modules))  # not the plan's business here
     planned = {name: plan[generic(name)] for name in modules if generic(name) in plan}
     planned = {name: style for name, style in planned.items() if not f"{name}.".startswith(experts)}
+    if not alone:
+        mine = {name for name in planned if isinstance(modules[name], QuantizedLinear)}
+        beside = {name for name, m in modules.items() if isinstance(m, nn.Linear) and planned.get(name) in STYLES}
+        planned = {name: style for name, style in planned.items() if name in mine | beside}
     problems = [f"{name}: {style!r} in the tp_plan is not known here; known: {', '.join(STYLES)}"
                 for name, style in planned.items() if style not in STYLES]  # fmt: skip
     made: dict[str, Cut] = {}
@@ -80,10 +89,22 @@ def cuts(model: nn.Module, plan: Mapping[str, str], group: Group) -> tuple[dict[
             parents[id(one.parent)].append(one)
     for members in parents.values():
         _cut_together(made, problems, members, group)
+    if not alone:
+        problems += _uneven(made, modules)
+        return {name: cut for name, cut in made.items() if name in mine}, problems
     for name, p in model.named_parameters():
         if generic(name) in plan and not name.startswith(experts):
             _cut_parameter(made, problems, name, p, plan[generic(name)], group)
     return made, problems
+
+
+def _uneven(made: Mapping[str, Cut], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Others cut floats in equal parts, whatever blocks their neighbours have."""
+    uneven = {id(modules[name.rpartition(".")[0]]) for name, cut in made.items() if not cut.whole and cut.uneven()}
+    for name, cut in made.items():
+        beside = id(modules[name.rpartition(".")[0]]) in uneven
+        if beside and not cut.whole and not isinstance(modules[name], QuantizedLinear):
+            yield f"{name} is float beside quantized Linears that {cut.group.size} ranks cannot cut in equal parts"
 
 
 def _cut_parameter(
@@ -109,8 +130,8 @@ def size_of(module: nn.Module, dim: int) -> int:
 def _experts(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Quantized experts, and float ones: those stay whole on every rank."""
     for name, m in modules.items():
-        linear = isinstance(m, nn.Linear)
-        if (isinstance(m, QuantizedModule) and not linear) or any(p.ndim > 2 for p in m.parameters(recurse=False)):
+        stacks = any(p.ndim > 2 for p in m.parameters(recurse=False))
+        if (isinstance(m, QuantizedModule) or stacks) and not isinstance(m, nn.Linear):
             yield name
 
 
