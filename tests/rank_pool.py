@@ -44,7 +44,7 @@ class Pool:
                 answered = pipe.poll(max(end - time.monotonic(), 0))
                 out.append(pipe.recv() if answered else (None, f"rank {rank} did not answer in {seconds} s"))
             except (EOFError, ConnectionError):
-                out.append((None, f"rank {rank} died"))
+                out.append((None, f"rank {rank} died, exit code {self.processes[rank].exitcode}"))
         return out
 
     def stop(self):
@@ -72,9 +72,12 @@ def stop():
 
 
 def _work(pipe, rank, size, path, timeout):
+    import faulthandler
+
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=timeout), size, rank)

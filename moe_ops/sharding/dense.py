@@ -12,6 +12,7 @@ from ..linear import QuantizedLinear
 from ..storage import carry_over
 from .collectives import Group, join, largest, shared, total
 from .slices import range_of, shard, shard_bias
+from .states import OfRank
 
 
 class Cut(NamedTuple):
@@ -33,11 +34,14 @@ class Cut(NamedTuple):
         spans = [self.span(rank) for rank in range(self.group.size)]
         return tuple(stop - start for start, stop in spans)
 
+    def said(self) -> str:
+        return f"{'rows' if self.dim == -2 else 'columns'} of rank {self.group.rank} of {self.group.size}"
+
     def uneven(self) -> bool:
         return len(set(self.widths())) > 1
 
 
-class ParallelLinear(nn.Linear):
+class ParallelLinear(OfRank, nn.Linear):
     """y = x W^T + bias, as of the whole.
 
     rows: x is the same on every rank, y is this rank's features, or joined. columns: x is this rank's features, or cut
@@ -67,15 +71,20 @@ class ParallelLinear(nn.Linear):
         scale: Tensor = codec.scale_rule(largest(amax, self.ranks.group), codec.element)
         return scale
 
+    def said(self) -> str:
+        return self.ranks.said()
+
     def extra_repr(self) -> str:
-        side = "rows" if self.ranks.dim == -2 else "columns"
-        return f"{super().extra_repr()}, {side} of rank {self.ranks.group.rank} of {self.ranks.group.size}"
+        return f"{super().extra_repr()}, {self.said()}"
 
 
-class ParallelEmbedding(nn.Embedding):
+class ParallelEmbedding(OfRank, nn.Embedding):
     """Rows of ids in this rank's part of the vocabulary, summed over the ranks."""
 
     ranks: Cut
+
+    def said(self) -> str:
+        return self.ranks.said()
 
     def forward(self, input: Tensor) -> Tensor:
         start, stop = self.ranks.span()

@@ -16,6 +16,7 @@ from ..experts import QuantizedExperts, _new
 from .collectives import Group, gather, largest, scatter_total, shared, total
 from .modules import Part
 from .slices import local_ids
+from .states import OfRank
 
 
 class Ranks(NamedTuple):
@@ -29,7 +30,7 @@ class Ranks(NamedTuple):
     identities: int
 
 
-class ParallelExperts(QuantizedExperts):
+class ParallelExperts(OfRank, QuantizedExperts):
     """Takes ids of all experts. What other ranks hold, and ids of nobody, add zero here."""
 
     ranks: Ranks
@@ -72,9 +73,12 @@ class ParallelExperts(QuantizedExperts):
         dynamic = any(self.part(name, "input_scale") is None for name in self.weight_names())
         return codec is not None and codec.block == (0, 0) and dynamic
 
-    def extra_repr(self) -> str:
+    def said(self) -> str:
         p = self.ranks.part
-        return f"{super().extra_repr()}, ep={p.ep_rank} of {p.ep_size}, tp={p.tp_rank} of {p.tp_size}"
+        return f"ep={p.ep_rank} of {p.ep_size}, tp={p.tp_rank} of {p.tp_size}"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.said()}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
