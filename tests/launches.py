@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import moe_ops.kernels.arrange as arrange_kernels
+import moe_ops.kernels.columns as columns_kernels
 import moe_ops.kernels.parts as parts_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
@@ -97,7 +98,7 @@ def run_other(o: Other) -> None:
         rows, offsets, read = tensor((ROWS, WIDTH), dtype), tensor((EXPERTS + 1,), torch.int32), None
         gathered = tensor((ROWS // top_k, WIDTH), dtype)
         if top_k > 1:
-            read = tensor((ROWS,), torch.int32)
+            read = torch.zeros(ROWS, dtype=torch.int32)
         triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
                                    out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
     elif o.what == "combine":
@@ -115,7 +116,8 @@ def record(case, pick=None) -> list:
         parts_kernels: ("_add_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_sized_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
-        wgrad_kernels: ("_quantize_columns_kernel", "_wgrad_kernel"),
+        columns_kernels: ("_column_amax_kernel", "_quantize_columns_kernel"),
+        wgrad_kernels: ("_wgrad_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -56,11 +56,17 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
 
 
 def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedTensor:
-    """As formats.quantize_weight. Blocks that lie within a row are one launch for all experts; others are torch's."""
-    in_rows = codec.block is not None and codec.block[0] == 1 and not codec.global_scale
+    """As formats.quantize_weight. Blocks that lie within a row are one launch for all experts; others are torch's.
+
+    A transpose (E, N, K), K contiguous in memory along N, is quantized as it lies.
+    """
+    rows, group = codec.block or (0, 0)
+    in_rows = rows == 1 and not codec.global_scale
     problem = Problem("quantize", weight.device.type, arch_of(weight.device), weight.dtype, codec.name)
     if not in_rows or not weight.numel() or supports(problem) is not True:
         return formats.quantize_weight(codec, weight, shards)
+    if weight.mT.is_contiguous() and not codec.packed and not (group and 128 % group):
+        return QuantizedTensor(*triton_wgrad.quantize_turned(codec, weight.mT), None, None, codec)
     q, lead = quantize(weight.reshape(-1, weight.shape[2]), codec), weight.shape[:2]
     assert q.scale is not None
     return QuantizedTensor(q.data.view(*lead, -1), q.scale.view(*lead, -1), None, None, codec)

@@ -29,7 +29,7 @@ TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.
 # Hopper's tensor core sums fp8 products in a short accumulator. Against float64 on the same codes the error of a bf16
 # result is 1.12 x its rounding at K = 2048, 1.29 x at 4096, 1.5 x at 7168, 2.0 x at 14336 (H200); 1.00 x when every 128
 # products join an fp32 register. That costs time, and is done where the error would come near twice the rounding.
-_PROMOTE_ABOVE_K, _PROMOTE = 8192, 128
+PROMOTE_ABOVE_K, PROMOTE = 8192, 128
 # Scales of groups below 128 columns are too small to be copied ahead of time. Reading them a step ahead by hand made
 # products of 4 bits in groups of 32 2 to 7 % faster at K = 2880 to 14336, 3 to 27 % slower at 256 to 2048 (H200).
 _AHEAD_FROM_K = 2560
@@ -94,7 +94,7 @@ def plan_of(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: in
     alike = alike and not (group_x and act is not None and act.scale_dtype.itemsize == 1)
     decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
     if alike and native and weight.element.name == "e4m3":
-        promote = _PROMOTE if arch == 90 and k > _PROMOTE_ABOVE_K and not group and not group_x else None
+        promote = PROMOTE if arch == 90 and k > PROMOTE_ABOVE_K and not group and not group_x else None
         return Plan("fp8", tl.float8e4nv, decode, native, 0, True, fold, promote)
     if alike and weight.element.name == "int8" and not group and not group_x:
         return Plan("int8", tl.int8, decode, native, 0, True, fold, None)

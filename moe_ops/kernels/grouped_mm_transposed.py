@@ -9,9 +9,18 @@ is dequantized as it is read, (code * scales) rounded to the type of x: scales l
 import triton
 import triton.language as tl
 
-from .arrange import load_code
 from .decode import scale_value
-from .tile import channel_rows, find_rows, mma, store_tile, swizzle, zero_rows
+from .tile import (
+    channel_rows,
+    find_rows,
+    load_codes,
+    load_k,
+    load_scales,
+    spread_scales,
+    store_tile,
+    swizzle,
+    zero_rows,
+)  # fmt: skip
 
 
 @triton.jit
@@ -30,31 +39,44 @@ def transposed_tile(
     to = m if write_ptr is None else tl.load(write_ptr + m)
     source = m if read_ptr is None else tl.load(read_ptr + m) // top_k
 
-    column = tl.minimum(k, K - 1)
-    w_ptr += tl.cast(expert, tl.int64) * stride_we
+    UNIT: tl.constexpr = 2 if BITS == 4 else 4 if BITS == 6 else 1  # codes behind a pointer
+    uu = tile_k * (BLOCK_N // UNIT) + tl.arange(0, BLOCK_N // UNIT)
+    in_k, in_u = (k < K)[None, :], (uu < K // UNIT)[None, :]
+    w_ptrs = w_ptr + tl.cast(expert, tl.int64) * stride_we + uu[None, :] * (3 if BITS == 6 else 1)
     ws_ptr = ws_ptr if ws_ptr is None else ws_ptr + expert * stride_wse
     wg_ptr = wg_ptr if wg_ptr is None else wg_ptr + expert * stride_wge
     cc = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xm + cc[None, :]
+    EXACT: tl.constexpr = ws_ptr is None or (KIND == "e8m0" and wg_ptr is None)  # code times scale, in the type of x
+    TYPE: tl.constexpr = MMA if EXACT else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for c0 in range(0, C, BLOCK_K):
         c = c0 + cc
-        inside = (c < C)[None, :]
+        inside = c < C
         row, scale_row = channel_rows(tl.minimum(c, C - 1), shard_rows, GROUP_N, INTERLEAVED)
-        x = tl.load(x_ptrs) if EVEN_C else tl.load(x_ptrs, mask=inside, other=0.0)
-        codes = load_code(w_ptr + row[None, :] * stride_wn, column[:, None], inside, BITS)  # (BN, BK)
-        if ws_ptr is None:
-            w = DECODE(codes, MMA, ELEMENT[0], ELEMENT[1], ELEMENT[2])
-        else:
-            at = scale_row[None, :] * stride_wsn
-            if GROUP_K > 0:
-                at += (column // GROUP_K)[:, None] * stride_wsk
-            s = scale_value(tl.load(ws_ptr + at), tl.float32, KIND)
+        x = load_k(x_ptrs, inside[None, :], EVEN_C)
+        codes = load_codes(w_ptrs + row[:, None] * stride_wn, inside[:, None] & in_u, BITS, False)  # (BK, BN)
+        w = DECODE(codes, TYPE, ELEMENT[0], ELEMENT[1], ELEMENT[2])
+        if ws_ptr is not None:
+            ws_ptrs = ws_ptr + scale_row * stride_wsn
+            if GROUP_K % BLOCK_N == 0:  # one for the columns of the tile
+                group = 0 if GROUP_K == 0 else tile_k * BLOCK_N // GROUP_K
+                s = scale_value(tl.load(ws_ptrs + group * stride_wsk), TYPE, KIND)[:, None]
+            elif BLOCK_N % GROUP_K == 0:
+                s = load_scales(ws_ptrs, tile_k * BLOCK_N, K, stride_wsk, GROUP_K, BLOCK_N)
+                s = spread_scales(s, TYPE, KIND, BLOCK_N)
+            else:
+                at = ws_ptrs[:, None] + (k // GROUP_K)[None, :] * stride_wsk
+                s = scale_value(tl.load(at, mask=in_k, other=0.0), TYPE, KIND)
             if wg_ptr is not None:
                 _, shard = channel_rows(tl.minimum(c, C - 1), shard_rows, 0, INTERLEAVED)
-                s = s * tl.load(wg_ptr + shard * stride_wgn)[None, :]
-            w = DECODE(codes, tl.float32, ELEMENT[0], ELEMENT[1], ELEMENT[2]) * s
-        acc = mma(x.to(MMA), w.to(MMA), acc, SWAP, None)
+                s = s * tl.load(wg_ptr + shard * stride_wgn)[:, None]
+            w = w * s
+        w = w.to(MMA)
+        if SWAP:
+            acc = tl.dot(w.T, x.to(MMA).T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x.to(MMA), w, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
     return acc, to, k, in_m
 
