@@ -73,14 +73,14 @@ def _quantize_columns_kernel(
         amax = tl.load(amax_ptr + expert * C + c, mask=c < C, other=0).to(tl.float32, bitcast=True)[None, :]
     stored, scale = RULE(amax, ELEMENT[3], ELEMENT[1], EMAX)
     owner = tl.cast(expert, tl.int64) * C + c
-    before = 0 if offsets_ptr is None else tl.load(offsets_ptr + expert)
+    inside = tl.multiple_of(first - (0 if offsets_ptr is None else tl.load(offsets_ptr + expert)), ROWS)
     if GROUP == 0:
         tl.store(s_ptr + owner[None, :], stored.to(s_ptr.dtype.element_ty), mask=in_c)
     elif rows_each is None:
         at = s_ptr + (tile.to(tl.int64) * groups + group) * C + c[None, :]
         tl.store(at, stored.to(s_ptr.dtype.element_ty), mask=in_c)
     else:
-        of = (first - before) // GROUP + group
+        of = inside // GROUP + group
         at = s_ptr + owner[None, :] * tl.cdiv(rows_each, GROUP) + of
         tl.store(at, stored.to(s_ptr.dtype.element_ty), mask=in_c & (of * GROUP < rows_each))
     if EXACT:
@@ -91,7 +91,8 @@ def _quantize_columns_kernel(
     if rows_each is None:
         tl.store(q_ptr + (tile.to(tl.int64) * C + c)[None, :] * ROWS + r[:, None], codes, mask=in_c)
     else:
-        tl.store(q_ptr + owner[None, :] * rows_each + (m - before)[:, None], codes, mask=in_c & (m < end)[:, None])
+        at = q_ptr + owner[None, :] * rows_each + (inside + r)[:, None]
+        tl.store(at, codes, mask=in_c & (inside + r < rows_each)[:, None])
 
 
 def num_blocks(num_rows: int, num_experts: int) -> int:
@@ -111,7 +112,7 @@ def quantize_columns(
     """
     c, block_c = x.shape[1], 64
     grid = num_blocks(num_rows, num_experts), triton.cdiv(c, block_c)
-    sizes = {"E_BLOCK": triton.next_power_of_2(num_experts), "ROWS": BLOCK, "BLOCK_C": block_c, "num_warps": 4}
+    sizes = {"E_BLOCK": triton.next_power_of_2(num_experts), "ROWS": BLOCK, "BLOCK_C": block_c, "num_warps": 8}
     amax = None
     if not group:
         amax = torch.zeros(num_experts, c, dtype=torch.int32, device=x.device)
