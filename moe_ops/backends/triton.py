@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..activation import Gate
+from ..activation import Gate, resolve_activation
 from ..formats import FORMATS, Codec, Format, QuantizedTensor
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.activation import ACTIVATIONS, gate_grad
 from ..kernels.arrange import CHUNK, arrange
 from ..kernels.configs import Config
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
@@ -175,6 +175,16 @@ def _launch(p: Product, config: Config, arguments: dict[str, Any]) -> None:
     kernel[launch_grid(arguments["num_m"], p.n, config.block_n, config.parts)](**arguments)
 
 
+def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:
+    """As moe_ops.activation's, one launch. A product gives gate's columns before up's."""
+    assert not gate.interleaved
+    name, alpha, beta, limit = resolve_activation(gate.activation, gate.alpha, gate.beta, gate.limit)
+    out, weights = torch.empty_like(h), None if weights is None else weights.contiguous()
+    if grad.numel():
+        gate_grad(h, grad.contiguous(), weights, out, name, gate.gated, alpha=alpha, beta=beta, limit=limit)
+    return out
+
+
 def combine(rows: Tensor | Sums, top_k: int) -> Tensor:
     """(T * A, H) in slot order -> (T, H)."""
     if isinstance(rows, Sums):
@@ -192,6 +202,7 @@ class Parts:
     values = staticmethod(reference.values)
     arranged = staticmethod(arranged)
     launch = staticmethod(launch)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(triton_wgrad.grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)
 
