@@ -117,6 +117,7 @@ def model_agrees(dims, fmt, **kwargs):
     parallelize_(model, mesh_of(**dims), plan=PLAN, **kwargs)
     with torch.no_grad():
         got = model(tokens)
+        assert torch.equal(copy.deepcopy(model)(tokens), got)
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if getattr(m, "ranks", None) is not None}
     share = sum(p.numel() for p in model.parameters()) / before
     return {"out": toy.relative_error(got, want), "kinds": kinds, "share": share}
@@ -276,3 +277,27 @@ def expert_parallel():
     n = dist.get_world_size()
     more = {"ep_size": n} if hasattr(DistributedConfig(), "ep_size") else {"enable_expert_parallel": True}
     return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=n, **more)}
+
+
+def codes_as_loaded(path):
+    """Numbers of codes of experts that a rank holds when everything was read, and nothing finished yet; of the whole."""
+    import transformers
+
+    from moe_ops.huggingface import disk
+
+    close, counted = disk.close_, []
+
+    def count(m, *args):
+        counted.extend(p.numel() for p in m.parameters() if p.ndim == 4)
+        return close(m, *args)
+
+    disk.close_ = count
+    try:
+        given = {"dtype": torch.float32}
+        transformers.Qwen3MoeForCausalLM.from_pretrained(path, **given, **expert_parallel())
+        mine = sum(counted)
+        counted.clear()
+        transformers.Qwen3MoeForCausalLM.from_pretrained(path, **given)
+    finally:
+        disk.close_ = close
+    return mine, sum(counted)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 import moe_ops
-from moe_ops.sharding import parallelize_, scalars
+from moe_ops.sharding import kept_whole, parallelize_
 from moe_ops.training import prepare_training_
 
 
@@ -25,8 +25,8 @@ def sharded(fmt, trained, seed=0):
     (prepare_training_ if trained else moe_ops.quantize_)(model, fmt)
     whole = copy.deepcopy(model)
     for layer in model.layers:
-        fully_shard(layer["mlp"], ignored_params=scalars(model))
-    return fully_shard(model, ignored_params=scalars(model)), whole
+        fully_shard(layer["mlp"], ignored_params=kept_whole(model))
+    return fully_shard(model, ignored_params=kept_whole(model)), whole
 
 
 def losses(model, tokens, steps=3):
@@ -82,7 +82,7 @@ def lora(fmt):
 
     model = cases.adapted(cases.quantized("qwen3_moe", fmt, hidden_size=128, moe_intermediate_size=128))
     whole = copy.deepcopy(model)
-    fully_shard(model, ignored_params=scalars(model))
+    fully_shard(model, ignored_params=kept_whole(model))
     inputs = tiny.inputs(model)
     out = []
     for m in (model, whole):

@@ -75,3 +75,8 @@ def test_only_own_experts_are_read(checkpoint):
     """Five experts over two ranks, of two layers and three matrices each."""
     reads = rank_pool.run(2, "rank_checks", "experts_read", checkpoint("qwen3_moe"))
     assert reads == [3 * 3 * 2, 2 * 3 * 2]
+
+
+def test_codes_are_cut_as_they_come(checkpoint):
+    (first, whole), (second, _) = rank_pool.run(2, "rank_checks", "codes_as_loaded", checkpoint("qwen3_moe", "mxfp4"))
+    assert (first, second) == (whole * 3 // 5, whole * 2 // 5)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import rank_pool
+import torch
+
+NO_INTEGERS = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 def run(size, name, *args):
@@ -16,11 +19,13 @@ def run(size, name, *args):
 ])  # fmt: skip
 def test_losses_under_fsdp(fmt, trained):
     """Frozen codes are sharded as they are; masters are what optimizers see."""
+    integers = not trained and fmt in ("int8", "mxfp4", "nvfp4/bf16")
     coupled = fmt == "fp8_tensor" or trained  # one scale for many tokens, of which ranks have a part each
     for a in run(2, "trains", fmt, trained):
         assert a["got"] == pytest.approx(a["want"], rel=0.1 if coupled else 2e-4)
         assert a["want"][-1] < a["want"][0]
-        assert a["codes"] == {"DTensor"} and a["frozen"] != trained
+        whole = integers and NO_INTEGERS
+        assert ("Parameter" in a["codes"]) == whole and "DTensor" in a["codes"] and a["frozen"] != trained
 
 
 @pytest.mark.parametrize(("fmt", "trained"), [("fp8", False), ("mxfp4", False), ("nvfp4/bf16", False), ("fp8", True)])

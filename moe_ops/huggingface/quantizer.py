@@ -90,8 +90,8 @@ class MoeOpsQuantizer(HfQuantizer):
         for name, m in streams(model):
             self._in_fp32(name, m, dtypes)
             self._open(name, m)
-        self._share(model)
         self._shapes = {key: t.shape for key, t in model.state_dict().items() if key not in self._streams}
+        self._share(model)
 
     def _share(self, model: Any) -> None:
         """Under a plan of transformers: every rank will keep its part."""
@@ -103,7 +103,9 @@ class MoeOpsQuantizer(HfQuantizer):
         self._ranks = Ranks(model, config)
         late = [f"{t.name}: its experts are modules, which a plan cannot share; parallelize_ can" for t in self._late]
         _raise(self._ranks.problems() + late)
-        self._ranks.wait({s.name: s for s, _ in self._streams.values()}, self._sizes)
+        self._ranks.wait({s.name: s for s, _ in self._streams.values()}, self._sizes, self._expected)
+        parts = [f"{name}.{key}" for name in self._ranks.shares for key in self._expected.get(name, ())]
+        self._shapes = {key: shape for key, shape in self._shapes.items() if key not in parts}  # `_finish` looks
 
     def _plan(self, model: nn.Module) -> Plan:
         """By the rules as they were given, or by what a checkpoint says of each module."""
@@ -214,7 +216,7 @@ class MoeOpsQuantizer(HfQuantizer):
                 if s != self._shapes[key]])  # fmt: skip
         self._raise_on_all([text for name, m in streams(model) for text in self._finish(name, m)])
         for name, share in () if self._ranks is None else self._ranks.shares.items():
-            share.cut_(model.get_submodule(name), codes=self.pre_quantized)
+            share.cut_biases_(model.get_submodule(name))
         if self._ranks is not None:
             self._ranks.sum_gradients()
         self._streams, self._expected, self._sizes, self._shapes = {}, {}, {}, {}

@@ -23,6 +23,7 @@ from ..sharding.plans import cuts, generic
 from ..sharding.streams import ExpertsShare, LinearShare
 from ..storage import QuantizedModule
 from ..streaming import Stream, streams
+from . import disk
 
 _JOIN = "_moe_ops_join"  # on a module of ours: what is called with the mesh
 _AS_IT_IS = "_moe_ops_as_it_is"  # on a router whose experts take ids of all experts, and on norms (`_hooked`)
@@ -69,14 +70,17 @@ class Ranks:
                 self.shares[name] = share
         return found
 
-    def wait(self, opened: Mapping[str, Stream], sizes: dict[str, float]) -> None:
-        """Have modules take their part once transformers comes to them with its mesh; `opened`: streams by module."""
+    def wait(self, opened: Mapping[str, Stream], sizes: dict[str, float], expected: Mapping[str, disk.Shapes]) -> None:
+        """Have modules take their part once transformers comes to them with its mesh.
+
+        opened, expected: by module, streams, or what a quantized checkpoint has for it.
+        """
         _wrap_styles()
         for name in self._hooked():
             self.model.get_submodule(name).__dict__[_AS_IT_IS] = True
         for name, share in self.shares.items():
             m = self.model.get_submodule(name)
-            m.__dict__[_JOIN] = _Join(share, opened.get(name), sizes, self.groups)
+            m.__dict__[_JOIN] = _Join(share, opened.get(name), sizes, expected.get(name), self.groups)
 
     def _hooked(self) -> list[str]:
         """Norms of a rank's heads, whose gradients are summed. Before transformers 5.21 by hooks that break graphs."""
@@ -109,8 +113,11 @@ class Ranks:
 
 
 class _Join:
-    def __init__(self, share: Any, stream: Stream | None, sizes: dict[str, float], groups: list[Group]) -> None:
-        self.share, self.stream, self.sizes, self.groups = share, stream, sizes, groups
+    def __init__(
+        self, share: Any, stream: Stream | None, sizes: dict[str, float], expected: disk.Shapes | None,
+        groups: list[Group],
+    ) -> None:  # fmt: skip
+        self.share, self.stream, self.sizes, self.expected, self.groups = share, stream, sizes, expected, groups
 
     def __call__(self, module: Any, mesh: DeviceMesh) -> None:
         del module.__dict__[_JOIN]
@@ -128,6 +135,8 @@ class _Join:
             self.stream.of_others()
             for weight in module.weight_names():
                 self.sizes[self.stream.label(weight)] /= group.size
+        if self.expected is not None:
+            disk.cut_as_loaded(module, s.tensor, self.expected)
 
 
 class _Style:

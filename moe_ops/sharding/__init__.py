@@ -8,9 +8,9 @@ moe_ops.sharding.parallelize_(model, mesh)
 from .modules import shard_module
 from .parallel import parallelize_
 from .slices import bounds, local_ids, shard, shard_bias, shard_experts, unit_for
-from .states import scalars
+from .states import kept_whole
 
 __all__ = [
-    "bounds", "local_ids", "parallelize_", "scalars", "shard", "shard_bias", "shard_experts", "shard_module",
+    "bounds", "kept_whole", "local_ids", "parallelize_", "shard", "shard_bias", "shard_experts", "shard_module",
     "unit_for",
 ]  # fmt: skip

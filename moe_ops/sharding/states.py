@@ -1,26 +1,30 @@
 """What a state_dict of a rank says of itself, so that it is not loaded as another rank's, or one of other ranks.
 
 torch's `fully_shard` keeps parameters of which it knows the whole: those are saved and loaded across numbers of ranks
-by torch.distributed.checkpoint. `scalars` are what it does not take.
+by torch.distributed.checkpoint. `kept_whole` are those that it does not take.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 _KEY = "part"
+_INTEGERS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
-def scalars(model: nn.Module) -> set[nn.Parameter]:
-    """Scales that are one number for a whole Linear: torch's FSDP2 does not shard them, every rank keeps them.
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Frozen parameters that torch's FSDP2 does not shard: scales that are one number for a whole Linear.
 
-        fully_shard(layer, mesh=mesh, ignored_params=moe_ops.sharding.scalars(model))
+        fully_shard(layer, mesh=mesh, ignored_params=moe_ops.sharding.kept_whole(model))
 
-    They have no gradient; move them to the device with the model before it is sharded.
+    Before torch 2.13 also codes that are integers (it wants a gradient of them): every rank keeps all of those, 8-bit
+    floats are sharded. They have no gradient; move them to the device with the model before it is sharded.
     """
-    return {p for p in model.parameters() if not p.ndim and not p.requires_grad}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return {p for p in frozen if not p.ndim or not (_INTEGERS or p.is_floating_point())}
 
 
 class OfRank(nn.Module):

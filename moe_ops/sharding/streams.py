@@ -5,12 +5,15 @@ E experts, N rows and K columns of one matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..experts import QuantizedExperts
-from ..formats import Codec, Format, QuantizedTensor
+from ..formats import Codec, QuantizedTensor
 from ..linear import QuantizedLinear
+from ..storage import PARTS
 from .collectives import Group
 from .dense import Cut, bias_of, narrow_linear_
 from .experts import Ranks, parallel_
@@ -23,6 +26,7 @@ class ExpertsShare:
 
     def __init__(self, experts: QuantizedExperts, part: Part) -> None:
         self.spec, self.format, self.part = experts.spec, experts.quantization, part
+        self.shapes = {name: experts.code_shape(name) for name in experts.weight_names()}
 
     def index(self, expert: int) -> int | None:
         first, last = self.part.experts(self.spec.num_experts)
@@ -38,20 +42,19 @@ class ExpertsShare:
         ranks = Ranks(Group(), group, group, self.part, self.spec.num_experts, self.spec.identities)
         parallel_(experts, ranks)
 
-    @torch.no_grad()
-    def cut_(self, experts: QuantizedExperts, codes: bool) -> None:
-        """Of parameters that were loaded whole keep this rank's: biases, and `codes` that were not made here."""
+    def tensor(self, key: str, t: Tensor) -> Tensor:
+        """This rank's part of a parameter that holds codes or scales of the whole."""
+        weight, part = _named(key, self.shapes)
         first, last = self.part.experts(self.spec.num_experts)
+        q = _one(self.format.weight, self.shapes[weight], part, t)
+        shards = self.spec.shards if weight == self.spec.up else 1
+        mine = each_tensor(q, lambda t: t[first:last])
+        return _of(self.part.matrix(mine, dim_of(self.spec, weight), shards), part, t[first:last])
+
+    def cut_biases_(self, experts: QuantizedExperts) -> None:
         for name, shards, _, _ in self.spec.matrices:
-            dim = dim_of(self.spec, name)
             if (bias := experts._parameters.get(f"{name}_bias")) is not None:
-                experts._parameters[f"{name}_bias"] = self.part.bias(bias, dim, shards)
-            if codes:
-                scale = experts.part(name, "input_scale")
-                mine = each_tensor(_whole(experts, name, self.format), lambda t: t[first:last])
-                experts._put(name, self.part.matrix(mine, dim, shards))
-                if scale is not None:
-                    experts._parameters[f"{name}_input_scale"] = nn.Parameter(scale.detach()[first:last].clone(), False)
+                experts._parameters[f"{name}_bias"] = self.part.bias(bias, dim_of(self.spec, name), shards)
         experts._mark()
 
 
@@ -60,6 +63,7 @@ class LinearShare:
 
     def __init__(self, linear: QuantizedLinear, cut: Cut) -> None:
         self.format, self.cut = linear.quantization, cut
+        self.shapes = {"weight": linear.code_shape("weight")}
 
     def index(self, expert: int) -> int | None:
         return expert
@@ -71,15 +75,14 @@ class LinearShare:
     def join_(self, linear: QuantizedLinear, group: Group) -> None:
         narrow_linear_(linear, self.cut)
 
-    @torch.no_grad()
-    def cut_(self, linear: QuantizedLinear, codes: bool) -> None:
+    def tensor(self, key: str, t: Tensor) -> Tensor:
+        c, (weight, part) = self.cut, _named(key, self.shapes)
+        q = _one(self.format.weight, self.shapes[weight], part, t)
+        return _of(shard(q, c.dim, c.group.rank, c.group.size, unit=c.unit), part, t)
+
+    def cut_biases_(self, linear: QuantizedLinear) -> None:
         if linear.bias is not None:
             linear._parameters["bias"] = bias_of(linear.bias, self.cut)
-        if codes:
-            c, scale = self.cut, linear._parameters.get("weight_input_scale")
-            mine = shard(_whole(linear, "weight", self.format), c.dim, c.group.rank, c.group.size, unit=c.unit)
-            linear._put("weight", mine)
-            linear._parameters["weight_input_scale"] = scale
         linear._mark()
 
 
@@ -94,6 +97,19 @@ def quantize_part(codec: Codec, matrix: Tensor, dim: int, rank: int, ranks: int,
     return shard(codec.quantize(matrix), dim, rank, ranks, unit=unit)
 
 
-def _whole(module: QuantizedExperts | QuantizedLinear, name: str, fmt: Format) -> QuantizedTensor:
-    q = module._get(name)
-    return QuantizedTensor(q.qdata, q.scale, q.zero_point, q.global_scale, fmt.weight)
+def _named(key: str, weights: Iterable[str]) -> tuple[str, str]:
+    """The weight that a parameter is of, and which part of it: "" for codes."""
+    found = [(w, part) for w in weights for part in ("", *PARTS) if key == (f"{w}_{part}" if part else w)]
+    return found[0]
+
+
+def _one(codec: Codec, shape: tuple[int, ...], part: str, t: Tensor) -> QuantizedTensor:
+    """A part of a quantized weight alone; where it is not the codes, they are only a shape."""
+    codes = t if not part else torch.empty(shape, dtype=torch.uint8, device="meta")
+    return QuantizedTensor(codes, t if part == "scale" else None, t if part == "zero_point" else None, None, codec)
+
+
+def _of(q: QuantizedTensor, part: str, whole: Tensor) -> Tensor:
+    """The part again; what is one number for a matrix, or for its input, is every rank's."""
+    found = {"": q.qdata, "scale": q.scale, "zero_point": q.zero_point}.get(part)
+    return whole.clone() if found is None else found
