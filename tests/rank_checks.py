@@ -280,7 +280,7 @@ def expert_parallel():
 
 
 def codes_as_loaded(path):
-    """Numbers of codes of experts that a rank holds when everything was read, and nothing finished yet; of the whole."""
+    """Numbers of codes of experts that a rank holds once everything was read and nothing is finished; of the whole."""
     import transformers
 
     from moe_ops.huggingface import disk

@@ -73,8 +73,6 @@ def test_models_agree(dims, fmt):
 @pytest.mark.parametrize(("dims", "tokens", "want"), [
     ({"ep": 2}, "replicated", ["all_reduce"]),
     ({"tp": 2}, "replicated", ["all_reduce"]),
-    ({"ep": 2, "tp": 2}, "replicated", ["all_reduce"]),
-    ({"ep": 2}, "sharded", ["all_gather"] * 3 + ["reduce_scatter"]),
     ({"ep": 2, "tp": 2}, "sharded", ["all_gather"] * 3 + ["all_reduce", "reduce_scatter"]),
 ])  # fmt: skip
 def test_one_graph(dims, tokens, want):
@@ -135,7 +133,7 @@ def test_families_agree(name, dims):
 @pytest.mark.parametrize("dims", [{"ep": 2}, {"tp": 2}, {"ep": 2, "tp": 2}], ids=ids)
 def test_generation_agrees(dims, fmt):
     """With a static cache, which holds the heads of the rank; the first model of its kind compiled as one graph."""
-    for a in run(dims, "generates", fmt, fmt == "fp8" and len(dims) == 1):
+    for a in run(dims, "generates", fmt, fmt == "fp8" and dims == {"tp": 2}):
         if len(dims) > 1:
             assert "num_key_value_heads is 2: 4 ranks cannot share them equally" in a["refused"]
             continue
