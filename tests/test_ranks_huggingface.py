@@ -35,9 +35,9 @@ def check(answers, fmt, dense, share):
         assert "experts holds one rank's part of its weights" in a["save"]
 
 
-@pytest.mark.parametrize(
-    ("plan", "fmt"), [("tp", "bf16"), ("tp", "fp8"), ("tp", "mxfp4"), ("tp", "int4_g128"), ("ep", "bf16"), ("ep", "fp8")]
-)
+@pytest.mark.parametrize(("plan", "fmt"), [
+    ("tp", "bf16"), ("tp", "fp8"), ("tp", "mxfp4"), ("tp", "int4_g128"), ("ep", "bf16"), ("ep", "fp8"),
+])  # fmt: skip
 def test_loads_a_part(checkpoint, plan, fmt):
     given = {"tp_plan": "auto"} if plan == "tp" else {"ep": True}
     answers = rank_pool.run(2, "rank_checks", "loads", checkpoint("qwen3_moe"), "qwen3_moe", fmt, given)
