@@ -2,6 +2,7 @@
 
 import os
 
+import ahead
 import interpreter
 import pytest
 import torch
@@ -12,6 +13,25 @@ CUDA = torch.cuda.is_available()
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs Triton kernels, on the GPU or interpreted in their own process")
     torch.set_num_threads(1)  # matrices are small here: threads would only wait for each other
+
+
+def _compiled(item):
+    return "compiled" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What a second process works on meanwhile is asked for last."""
+    items.sort(key=_compiled)
+
+
+def pytest_collection_finish(session):
+    """Kernels are compiled beside the other tests; workers of xdist do not know which ones they will be asked for."""
+    cases = [item.callspec.params["case"] for item in session.items if _compiled(item)]
+    if cases and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        import launches
+
+        session.config.stash[ahead.STARTED] = ahead.Ahead(launches.compile_case, cases)
 
 
 def pytest_runtest_setup(item):
@@ -30,6 +50,8 @@ def pytest_pyfunc_call(pyfuncitem):
 
 def pytest_unconfigure(config):
     interpreter.stop()
+    if started := config.stash.get(ahead.STARTED, None):
+        started.stop()
 
 
 @pytest.fixture(params=["cpu", "cuda"] if CUDA else ["cpu"])
