@@ -20,15 +20,15 @@ CASES = [case for arch in launches.ARCHS for case in (*launches.products(arch), 
 
 
 @pytest.fixture(scope="session")
-def compiled(request):
+def compiled_ahead(request):
     """case -> its result: of the process that conftest.py has started, or made here."""
     started = request.config.stash.get(ahead.STARTED, None)
     return started.result if started else launches.compile_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiles_without_spills(case, compiled):
-    for kernel, stack, shared in compiled(case):
+def test_compiles_without_spills(case, compiled_ahead):
+    for kernel, stack, shared in compiled_ahead(case):
         assert stack == 0, f"{kernel} spills: {stack} bytes of stack"
         assert shared <= SHARED_LIMIT[case.arch], f"{kernel} needs {shared} bytes of shared memory"
 
