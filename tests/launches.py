@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import moe_ops.kernels.arrange as arrange_kernels
+import moe_ops.kernels.columns as columns_kernels
+import moe_ops.kernels.grouped_mm_transposed as transposed_kernels
 import moe_ops.kernels.parts as parts_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
@@ -97,9 +99,14 @@ def run_other(o: Other) -> None:
         rows, offsets, read = tensor((ROWS, WIDTH), dtype), tensor((EXPERTS + 1,), torch.int32), None
         gathered = tensor((ROWS // top_k, WIDTH), dtype)
         if top_k > 1:
-            read = tensor((ROWS,), torch.int32)
+            read = torch.zeros(ROWS, dtype=torch.int32)
         triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
                                    out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
+    elif o.what == "expand":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_plan, "_EXPAND_ABOVE_ROWS", 0)
+            patch.setattr(triton_plan, "choose", lambda kind, *_: list(table(kind, o.arch).values())[-1])
+            run_product(Product(o.arch, *o.args, o.dtype, True, False, False, 256))
     elif o.what == "combine":
         routing_kernels.combine(tensor((8 * o.args[0], o.args[1]), dtype), o.args[0])
     else:
@@ -113,9 +120,11 @@ def record(case, pick=None) -> list:
     owners = {
         arrange_kernels: ("_arrange_kernel",),
         parts_kernels: ("_add_kernel",),
+        transposed_kernels: ("_expand_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_sized_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
-        wgrad_kernels: ("_quantize_columns_kernel", "_wgrad_kernel"),
+        columns_kernels: ("_column_amax_kernel", "_quantize_columns_kernel"),
+        wgrad_kernels: ("_wgrad_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +213,8 @@ def others(arch: int) -> list[Other]:
             cases.append(Other(arch, "quantize", "bfloat16", (codec.name, 4096, True)))
     for codec in (None, "e4m3_row", "mxfp8"):
         cases += [Other(arch, "wgrad", "bfloat16", (codec, top_k)) for top_k in (1, 4)]
+    weights = {f.weight: name for name, f in FORMATS.items() if f.quantized} if arch == 90 else {None: "mxfp4"}
+    cases += [Other(arch, "expand", "bfloat16", (name,)) for name in weights.values()]
     return [*cases, Other(arch, "wgrad", "float32", (None, 1))]
 
 

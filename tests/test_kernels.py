@@ -15,6 +15,7 @@ import torch
 from kernel_cases import CUDA, DEVICE, DTYPE, FACTORS, OPS, WEIGHTS, gradients, product_case, same, there, tile
 from oracle import Layer, assert_as_good, fit, inputs, takes_static
 
+from moe_ops.backends import triton_plan
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
 
 pytestmark = pytest.mark.kernels
@@ -131,7 +132,7 @@ def test_exponents_from_end_to_end(name):
 
 TRANSPOSED = {
     "name": WEIGHTS, "tile": ["small", "swap", "step" if CUDA else "small", "table"], "rows": [3, 40],
-    "order": ["one", "two", "interleaved"], "even": [True, False],
+    "order": ["one", "two", "interleaved"], "even": [True, False], "expand": [True, False],
 }  # fmt: skip
 
 
@@ -149,7 +150,9 @@ def test_grouped_mm_transposed(case):
         scale = oracle.interleave(scale) if scale is not None and FORMATS[name].weight.block[0] == 1 else scale
     tensors = {"weight": codes, "offsets": offsets, "weight_scale": scale, "weight_global_scale": q.global_scale}
     options = {"format": name, "shards": shards, "interleaved": case["order"] == "interleaved", "transpose": True}
-    with tile(case["tile"]):
+    with tile(case["tile"]), pytest.MonkeyPatch.context() as patch:
+        if case["expand"]:  # weights dequantized first, two experts of five at a time
+            patch.setattr(triton_plan, "_EXPAND_ABOVE_ROWS", 0)
         got = OPS.grouped_mm(x.to(DEVICE), **there(tensors), **options, backend="triton").cpu()
     want = torch.zeros(rows, k, dtype=torch.float64)
     plain = torch.zeros(rows, k, dtype=DTYPE)

@@ -159,7 +159,7 @@ def _back(
     if grad_fmt is None:
         return parts.grouped_mm(Operand(grad), w, rows, None, fmt, out_dtype=dtype, transpose=True)
     assert w.master is not None
-    q = parts.quantize_weight(grad_fmt.weight, w.master.transpose(1, 2).contiguous())  # (E, K, N)
+    q = parts.quantize_weight(grad_fmt.weight, w.master.mT)  # (E, K, N)
     turned = Weight(q.qdata, q.scale, q.global_scale)
     return grouped_mm(parts, Operand(grad), turned, rows, None, grad_fmt, out_dtype=dtype)
 
