@@ -13,6 +13,7 @@ import pairwise
 import pytest
 import torch
 
+import moe_ops.kernels.activation as activation_kernels
 import moe_ops.kernels.arrange as arrange_kernels
 import moe_ops.kernels.columns as columns_kernels
 import moe_ops.kernels.grouped_mm_transposed as transposed_kernels
@@ -102,6 +103,10 @@ def run_other(o: Other) -> None:
             read = torch.zeros(ROWS, dtype=torch.int32)
         triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
                                    out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
+    elif o.what == "gate":
+        grad, weights = (tensor((64, n), torch.float32) for n in (o.args[1], 1))
+        h = tensor((64, 2 * o.args[1]), dtype)
+        backend.activation_grad(Gate(activation=o.args[0], gated=True), h, grad, weights)
     elif o.what == "expand":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_plan, "_EXPAND_ABOVE_ROWS", 0)
@@ -118,6 +123,7 @@ def run_other(o: Other) -> None:
 def record(case, pick=None) -> list:
     """(kernel, arguments, options) of the launches of a case; `pick(kind)` gives the configuration."""
     owners = {
+        activation_kernels: ("_gate_grad_kernel",),
         arrange_kernels: ("_arrange_kernel",),
         parts_kernels: ("_add_kernel",),
         transposed_kernels: ("_expand_kernel",),
@@ -206,6 +212,7 @@ def entries_of(entries: Table) -> list[Config]:
 
 def others(arch: int) -> list[Other]:
     cases = [Other(arch, "sort", "int64", args) for args in ((64, 128), (4096, 128), (100_000, 384))]
+    cases += [Other(arch, "gate", "bfloat16", (name, 2880)) for name in ("swiglu_oai", "gelu")]
     cases += [Other(arch, "sort", "int32", (4096, 8)), Other(arch, "combine", "bfloat16", (8, 2880))]
     for codec in dict.fromkeys(f.activation for f in FORMATS.values() if f.activation is not None):
         cases += [Other(arch, "quantize", "bfloat16", (codec.name, width, False)) for width in (2880, 16384)]

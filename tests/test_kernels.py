@@ -15,7 +15,10 @@ import torch
 from kernel_cases import CUDA, DEVICE, DTYPE, FACTORS, OPS, WEIGHTS, gradients, product_case, same, there, tile
 from oracle import Layer, assert_as_good, fit, inputs, takes_static
 
+import moe_ops.activation
+from moe_ops.activation import ACTIVATIONS, Gate
 from moe_ops.backends import triton_plan
+from moe_ops.backends.triton import activation_grad
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
 
 pytestmark = pytest.mark.kernels
@@ -160,6 +163,20 @@ def test_grouped_mm_transposed(case):
         want[low:high] = x[low:high].double() @ weights[e].double()
         plain[low:high] = x[low:high] @ weights[e].to(DTYPE)
     assert_as_good(got, want, plain)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_grad(name, gated):
+    """In fp32: both sides of every limit, and NaN."""
+    g = torch.Generator().manual_seed(0)
+    gate = Gate(activation=name, gated=gated)
+    h, grad, weights = (torch.randn(7, n, generator=g) for n in (80 if gated else 40, 40, 1))
+    h[:, ::3] *= 9
+    h[0, 0] = h[1, -1] = torch.nan
+    got = activation_grad(gate, *(t.to(DEVICE) for t in (h, grad, weights))).cpu()
+    want = moe_ops.activation.activation_grad(gate, h, grad * weights)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import routing
-from ..activation import Gate, run_gate
+from ..activation import Gate, activation_grad, run_gate
 from ..formats import Codec, Format, QuantizedTensor, dequantize_weight, quantize_weight
 from . import compose
 from .base import Operand, Rows, Weight
@@ -149,6 +149,7 @@ class Parts:
     quantize = staticmethod(quantize)
     values = staticmethod(values)
     grouped_mm = staticmethod(grouped_mm)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..activation import Gate
+from ..activation import Gate, resolve_activation
 from ..formats import FORMATS, Codec, Format, QuantizedTensor
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.activation import ACTIVATIONS, gate_grad
 from ..kernels.arrange import CHUNK, arrange
 from ..kernels.configs import Config
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
@@ -149,14 +149,13 @@ def _launch_expanded(p: Product, config: Config, arguments: dict[str, Any]) -> N
     (e, c, _), floats, device = p.w.qdata.shape, FORMATS["bf16"], p.w.qdata.device
     dtype = torch.float32 if interpreted() else p.x.data.dtype
     buffer = torch.empty(-(-e // _EXPANDED_PARTS), c, p.k, dtype=dtype, device=device)
-    plan = plan_of(floats, dtype, False, p.k, arch_of(device))
+    part = replace(p, w=Weight(buffer), fmt=floats, plan=plan_of(floats, dtype, False, p.k, arch_of(device)))
     every = {name: arguments[name] for name in ("E", "E_BLOCK", "num_m", "ROW_TILES")}
+    inner = _arguments(part, config, arguments["out_ptr"]) | every
     for begin in range(0, e, len(buffer)):
         weights = buffer[: e - begin]
         expand(arguments, begin, weights)
-        part = replace(p, w=Weight(weights), fmt=floats, plan=plan)
-        experts = {"begin_expert": begin, "end_expert": begin + len(weights)}
-        _launch(part, config, _arguments(part, config, arguments["out_ptr"]) | every | experts)
+        _launch(part, config, inner | {"begin_expert": begin, "end_expert": begin + len(weights)})
 
 
 def _arguments(p: Product, config: Config, out: Tensor) -> dict[str, Any]:
@@ -173,6 +172,16 @@ def _launch(p: Product, config: Config, arguments: dict[str, Any]) -> None:
     forward = _grouped_mm_sized_kernel if p.sized(config, arch_of(p.w.qdata.device)) else _grouped_mm_kernel
     kernel = _grouped_mm_transposed_kernel if p.transpose else forward
     kernel[launch_grid(arguments["num_m"], p.n, config.block_n, config.parts)](**arguments)
+
+
+def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:
+    """As moe_ops.activation's, one launch. A product gives gate's columns before up's."""
+    assert not gate.interleaved
+    name, alpha, beta, limit = resolve_activation(gate.activation, gate.alpha, gate.beta, gate.limit)
+    out, weights = torch.empty_like(h), None if weights is None else weights.contiguous()
+    if grad.numel():
+        gate_grad(h, grad.contiguous(), weights, out, name, gate.gated, alpha=alpha, beta=beta, limit=limit)
+    return out
 
 
 def combine(rows: Tensor | Sums, top_k: int) -> Tensor:
@@ -192,6 +201,7 @@ class Parts:
     values = staticmethod(reference.values)
     arranged = staticmethod(arranged)
     launch = staticmethod(launch)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(triton_wgrad.grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)
 

@@ -1,7 +1,7 @@
 """Codes of columns whose contraction is rows: scale = rule(max |x| over a group of rows), code = encode(x / scale).
 
 R sorted rows, E experts, C columns. Groups never join two experts. A program takes 128 rows of one expert, numbered as
-tiles are (tile.py, `find_rows`); where a scale is that of all rows of an expert, another launch finds their maxima.
+tiles are (tile.py, `find_rows`); where a scale is that of all rows of an expert, a launch before it finds their maxima.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ def load_rows(ptr, read_ptr, m, inside, c, C, top_k, stride_m):
 
 @triton.jit
 def _column_amax_kernel(
-    x_ptr, read_ptr, offsets_ptr, amax_ptr, num_rows, E, C, top_k, stride_xm,
-    E_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """amax (E, C) as the bits of fp32, which are in the order of magnitudes, NaN above all; zeros beforehand."""
-    expert, first, end = find_rows(offsets_ptr, tl.program_id(0), num_rows, E, ROWS, E_BLOCK, False)
-    if (first >= end) | (expert >= E):
-        return
-    m, c = first + tl.arange(0, ROWS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x = load_rows(x_ptr, read_ptr, m, m < end, c, C, top_k, stride_xm)
-    amax = tl.reduce(tl.abs(x.to(tl.float32)), 0, _nan_max)
-    tl.atomic_max(amax_ptr + expert * C + c, amax.to(tl.int32, bitcast=True), mask=c < C, sem="relaxed")
+    x_ptr, read_ptr, offsets_ptr, amax_ptr, num_rows, C, top_k, stride_xm, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """amax (E, C) over all rows of an expert, which one program reads."""
+    expert, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, end = 0, num_rows
+    if offsets_ptr is not None:
+        begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    amax = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for first in range(begin, end, ROWS):
+        m = first + tl.arange(0, ROWS)
+        x = load_rows(x_ptr, read_ptr, m, m < end, c, C, top_k, stride_xm)
+        amax = _nan_max(amax, tl.abs(x.to(tl.float32)))
+    at = amax_ptr + tl.cast(expert, tl.int64) * C + c
+    tl.store(at, tl.reduce(amax, 0, _nan_max), mask=c < C)
 
 
 @triton.jit
@@ -67,12 +70,12 @@ def _quantize_columns_kernel(
     m, in_c, group = first + r, (c < C)[None, :], tl.arange(0, groups)[:, None]
     x = load_rows(x_ptr, read_ptr, m, m < end, c, C, top_k, stride_xm).to(tl.float32)
     x = x.reshape(groups, ROWS // groups, BLOCK_C)
+    owner = tl.cast(expert, tl.int64) * C + c
     if GROUP:
         amax = tl.reduce(tl.abs(x), 1, _nan_max)  # (groups, BLOCK_C)
     else:
-        amax = tl.load(amax_ptr + expert * C + c, mask=c < C, other=0).to(tl.float32, bitcast=True)[None, :]
+        amax = tl.load(amax_ptr + owner, mask=c < C, other=0.0)[None, :]
     stored, scale = RULE(amax, ELEMENT[3], ELEMENT[1], EMAX)
-    owner = tl.cast(expert, tl.int64) * C + c
     inside = tl.multiple_of(first - (0 if offsets_ptr is None else tl.load(offsets_ptr + expert)), ROWS)
     if GROUP == 0:
         tl.store(s_ptr + owner[None, :], stored.to(s_ptr.dtype.element_ty), mask=in_c)
@@ -112,12 +115,11 @@ def quantize_columns(
     """
     c, block_c = x.shape[1], 64
     grid = num_blocks(num_rows, num_experts), triton.cdiv(c, block_c)
-    sizes = {"E_BLOCK": triton.next_power_of_2(num_experts), "ROWS": BLOCK, "BLOCK_C": block_c, "num_warps": 8}
-    amax = None
+    sizes, amax = {"ROWS": BLOCK, "BLOCK_C": block_c, "num_warps": 8}, None
     if not group:
-        amax = torch.zeros(num_experts, c, dtype=torch.int32, device=x.device)
-        _column_amax_kernel[grid](x, read, offsets, amax, num_rows, num_experts, c, top_k, x.stride(0), **sizes)
+        amax = torch.empty(num_experts, c, dtype=torch.float32, device=x.device)
+        _column_amax_kernel[num_experts, grid[1]](x, read, offsets, amax, num_rows, c, top_k, x.stride(0), **sizes)
     _quantize_columns_kernel[grid](
         x, read, offsets, amax, q, s, num_rows, num_experts, c, rows_each, top_k, x.stride(0), ENCODE=encode, RULE=rule,
-        ELEMENT=element, EMAX=emax, GROUP=group, EXACT=exact, **sizes,
+        ELEMENT=element, EMAX=emax, GROUP=group, EXACT=exact, E_BLOCK=triton.next_power_of_2(num_experts), **sizes,
     )  # fmt: skip
