@@ -7,8 +7,7 @@ import re
 from collections import Counter
 
 import torch
-from fake_gpu import _compile as compile_kernel
-from fake_gpu import empty, kernels, launches, symbol
+from fake_gpu import compile_kernels, empty, kernels, launches, symbol
 
 from moe_ops.formats import FORMATS, empty_weight
 
@@ -144,8 +143,7 @@ def _contents(text, kind, top_k):
 
 def built_templates(source):
     """The template kernels of the code, compiled."""
-    texts = [(name, text) for name, text in kernels(source) if "_tem_" in name]
-    return [built for name, text in texts for built in compile_kernel(name, text)]
+    return compile_kernels(source, "_tem_")
 
 
 def assert_they_fit(built):

@@ -1,8 +1,6 @@
 """Every configuration compiles for every architecture, without a GPU: no spills, within the chip's shared memory."""
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 
 import pytest
@@ -11,6 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+import ahead
 import aot
 import launches
 from aot import SHARED_LIMIT
@@ -18,29 +17,18 @@ from aot import SHARED_LIMIT
 from moe_ops.backends import triton_plan
 
 CASES = [case for arch in launches.ARCHS for case in (*launches.products(arch), *launches.others(arch))]
-AHEAD = 4  # cases that are compiled meanwhile
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """case -> its result, two processes working ahead of the test that asks."""
-    futures = {}
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def result(case):
-            at = CASES.index(case)
-            for near in CASES[at : at + AHEAD]:
-                if near not in futures:
-                    futures[near] = pool.submit(launches.compile_case, near)
-            return futures[case].result()
-
-        yield result
-        pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="session")
+def compiled_ahead(request):
+    """case -> its result: of the process that conftest.py has started, or made here."""
+    started = request.config.stash.get(ahead.STARTED, None)
+    return started.result if started else launches.compile_case
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiles_without_spills(case, compiled):
-    for kernel, stack, shared in compiled(case):
+def test_compiles_without_spills(case, compiled_ahead):
+    for kernel, stack, shared in compiled_ahead(case):
         assert stack == 0, f"{kernel} spills: {stack} bytes of stack"
         assert shared <= SHARED_LIMIT[case.arch], f"{kernel} needs {shared} bytes of shared memory"
 

@@ -94,6 +94,56 @@ def test_ids_of_no_expert_add_nothing(name):
     assert experts.experts_forward(module, x[:0], ids[:0], weights[:0]).shape == (0, h)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss", "muse_spark"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    """Products in autocast's type, output in that of the rows, as good as the class's own loop under autocast."""
+    module = next(iter(tiny.routed_experts(routed(name)).values()))
+    e, h = module.num_experts, experts.spec_of(module).hidden_size
+    generator = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(64, h, generator=generator), torch.randint(0, e, (64, 2), generator=generator)
+    weights, given = torch.rand(64, 2, generator=generator), []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.moe_ops.experts.default, torch.ops.moe_ops.grouped_mm.default):
+                given.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        with Rows():
+            got = experts.experts_forward(module, x, ids, weights)
+        theirs = module(x, ids, weights)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(x.double(), ids, weights.double())
+        plain = experts.experts_forward(module, x, ids, weights)
+    assert given and set(given) == {dtype} and got.dtype == theirs.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    assert tiny.relative_error(plain, exact) < 1e-5 < eps / 8 < tiny.relative_error(got, exact)
+    rounded = eps / 2  # the sum over a token's experts, which the loop keeps in fp32
+    assert tiny.relative_error(got, exact) < tiny.relative_error(theirs, exact) + rounded
+
+
+def test_gradients_under_autocast():
+    """Of rows and router weights through frozen experts: in their own types, with the values of the loop's."""
+    module = next(iter(tiny.routed_experts(routed("qwen3_moe")).values()))
+    generator = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(64, 64, generator=generator), torch.randint(0, module.num_experts, (64, 2))
+    weights, grad = torch.rand(64, 2, generator=generator), torch.randn(64, 64, generator=generator)
+
+    def gradients(run):
+        leaves = [t.clone().requires_grad_() for t in (x, weights)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(leaves[0], ids, leaves[1])
+        return torch.autograd.grad(y, leaves, grad)
+
+    exact = torch.autograd.grad(module(x.requires_grad_(), ids, weights.requires_grad_()), [x, weights], grad)
+    ours, theirs = gradients(lambda *a: experts.experts_forward(module, *a)), gradients(module)
+    for got, loop, true in zip(ours, theirs, exact):
+        assert got.dtype == torch.float32 and tiny.relative_error(got, loop) < 0.02
+        assert tiny.relative_error(got, true) > 1e-4, "of products in fp32"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name, read_before", [
     ("qwen3_moe", True), ("qwen3_moe", False), ("gpt_oss", True), ("nemotron_h", False), ("muse_spark", False),

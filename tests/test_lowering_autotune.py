@@ -86,6 +86,26 @@ def tiles(config):
             config.swap)  # fmt: skip
 
 
+def assert_valid_examples(products, tokens):
+    """What is timed: indices in range, each once, and numbers that are no surprise."""
+    hint = tokens[0] if isinstance(tokens, list) else tokens
+    rows = hint * A
+    (_, first), (_, second) = products
+    assert {"offsets", "read"} <= set(first) and {"offsets", "write"} <= set(second)
+    for p, examples in products:
+        for which, t in examples.items():
+            if which == "offsets":
+                assert t.shape == (E + 1,) and t[0] == 0 and t[-1] == rows and (t.diff() >= 0).all()
+            elif which in ("read", "write"):
+                assert torch.equal(t.sort().values, torch.arange(rows, dtype=t.dtype)) and t.dtype == torch.int32
+            else:
+                assert t.float().isfinite().all() and (t.float() > 0).all()
+        made = set(examples)
+        floats = {"x_along_k": p.x.along_k, "x_each": p.x.each, "weight_scale": p.w.scale,
+                  "weight_global_scale": p.w.global_scale}  # fmt: skip
+        assert {which for which, t in floats.items() if t is not None} <= made
+
+
 @pytest.mark.parametrize("tokens,arch", [(8, 90), ([500], 90), ([12], 100)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_table_and_the_op(name, arch, tokens, offered, products):
@@ -99,6 +119,7 @@ def test_the_whole_table_and_the_op(name, arch, tokens, offered, products):
         assert len({tiles_of(c) for c in templates}) == len(templates) >= (3 if arch == 90 else 1)
     assert not any("moe_ops" in call for call in extern_calls(source))
     assert sum("_tem_" in name for name in launches(source)) == 2
+    assert_valid_examples(products, tokens)
 
 
 def test_without_it_there_is_one_choice(offered, products):
@@ -122,29 +143,6 @@ def test_where_the_op_is_the_fastest_it_is_called(offered, monkeypatch):
         source, _ = traced(*some_experts(8, "mxfp4", E, H, WIDTH, A), config=settings())
     assert extern_calls(source) == ["extern_kernels.moe_ops_product"] * 2
     assert not any("_tem_" in name for name in launches(source))
-
-
-@pytest.mark.parametrize("tokens", [8, [500]])
-@pytest.mark.parametrize("name", NAMES)
-def test_examples_are_valid(name, tokens, offered, products):
-    with fake_gpu(90):
-        traced(*some_experts(tokens, name, E, H, WIDTH, A), config=settings())
-    hint = tokens[0] if isinstance(tokens, list) else tokens
-    rows = hint * A
-    (_, first), (_, second) = products
-    assert {"offsets", "read"} <= set(first) and {"offsets", "write"} <= set(second)
-    for p, examples in products:
-        for which, t in examples.items():
-            if which == "offsets":
-                assert t.shape == (E + 1,) and t[0] == 0 and t[-1] == rows and (t.diff() >= 0).all()
-            elif which in ("read", "write"):
-                assert torch.equal(t.sort().values, torch.arange(rows, dtype=t.dtype)) and t.dtype == torch.int32
-            else:
-                assert t.float().isfinite().all() and (t.float() > 0).all()
-        made = set(examples)
-        floats = {"x_along_k": p.x.along_k, "x_each": p.x.each, "weight_scale": p.w.scale,
-                  "weight_global_scale": p.w.global_scale}  # fmt: skip
-        assert {which for which, t in floats.items() if t is not None} <= made
 
 
 def test_the_c_plus_plus_wrapper_is_offered_no_python(offered, products):

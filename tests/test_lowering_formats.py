@@ -46,18 +46,22 @@ def kept_whole(arch, tokens, name):
     return arch == 90 and tokens == 2048 and blocks
 
 
+# Kernels of few tokens are compiled for one format of each kind; test_aot.py compiles the tiles for all of them.
+COMPILED = {*covering(90, "mma", "decoded", "along_k", "scale", "codec")}
+
+
 @pytest.mark.parametrize("arch,tokens,name", [
     pytest.param(*case, marks=pytest.mark.xfail(strict=STRICT, reason=SPILLS[case])) if case in SPILLS else case
     for case in FORWARD])
 def test_experts(arch, tokens, name):
     with fake_gpu(arch):
         source = generated(*some_experts(tokens, name, E, H, WIDTH, A))
-        built = built_templates(source)
+        if (arch, tokens) != (90, 8) or name in COMPILED:
+            assert_they_fit(built_templates(source))
     of_ours = [call for call in extern_calls(source) if "moe_ops" in call]
     whole = kept_whole(arch, tokens, name)
     assert of_ours == ["torch.ops.moe_ops._product.default"] * whole  # which is up's: it alone has a gate
     assert sum("_tem_" in kernel for kernel in launches(source)) == 2 - whole
-    assert_they_fit(built)
 
 
 # ---- backward
@@ -154,9 +158,8 @@ def training_step(fn, make_inputs):
             for graph, made in graphs]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fp8", "mxfp4", "mxfp8"])
-@pytest.mark.parametrize("arch", [90, 100])
-def test_a_training_step(name, arch):
+@pytest.mark.parametrize("arch,name", [(90, "fp8"), (90, "mxfp4"), (100, "mxfp8")])
+def test_a_training_step(arch, name):
     """Frozen quantized experts between a trained router and a trained projection."""
     e, h, i, top_k, t = 32, 512, 256, 4, 64
 

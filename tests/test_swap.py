@@ -171,34 +171,73 @@ def test_experts_that_are_single_linears_are_quantized_as_such():
     assert [type(m) for m in moe_ops.dequantize_(model).modules()] == before
 
 
-def compiles(model):
+def compiles(module, args, kwargs):
     torch._dynamo.reset()
     try:
-        return tiny.run(torch.compile(model, backend="aot_eager", fullgraph=True), **tiny.inputs(model))
+        return torch.compile(module, backend="aot_eager", fullgraph=True)(*args, **kwargs)
     except (torch._dynamo.exc.TorchDynamoException, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
         return None
 
 
-def check_fullgraph(name):
-    model = moe_ops.quantize_(built(name), "fp8")
-    got = compiles(model)
-    if got is None:  # then the model itself must be what cannot be one graph
-        floats = tiny.build(name)
-        if floats._can_set_experts_implementation():
-            floats.set_experts_implementation("batched_mm")
-        assert compiles(floats) is None, "the float model compiles and the quantized one does not"
-        return
-    torch.testing.assert_close(got, tiny.run(model), rtol=1e-4, atol=1e-4)
+def block_calls(model):
+    """{name: (args, kwargs)} of the first block of each class that holds experts."""
+    parents = {name.rpartition(".")[0] for name in tiny.routed_experts(model)}
+    found, calls = {type(model.get_submodule(n)): n for n in sorted(parents, reverse=True)}, {}
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _, args, kwargs, n=n: calls.setdefault(n, (args, kwargs)) and None, with_kwargs=True)
+        for n in found.values()
+    ]  # fmt: skip
+    tiny.run(model)
+    for h in handles:
+        h.remove()
+    assert calls
+    return calls
+
+
+def check_fullgraph(name, calls_of):
+    """What quantized modules are part of is one graph, unless the float modules cannot be one."""
+    model, floats = moe_ops.quantize_(built(name), "fp8"), tiny.build(name)
+    if floats._can_set_experts_implementation():
+        floats.set_experts_implementation("batched_mm")
+    for at, (args, kwargs) in calls_of(model).items():
+        module = model.get_submodule(at)
+        got = compiles(module, args, kwargs)
+        if got is None:
+            why = "the float module compiles and the quantized one does not"
+            assert compiles(floats.get_submodule(at), args, kwargs) is None, why
+            continue
+        want = module(*args, **kwargs)
+        torch.testing.assert_close(main(got), main(want), rtol=1e-4, atol=1e-4)
+
+
+def main(out):
+    """The tensor that a block or a model returns first."""
+    return out if isinstance(out, torch.Tensor) else tiny.main_output(out)
+
+
+def whole(model):
+    return {"": ((), tiny.inputs(model))}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", [*ONE_EACH, "vitpose_backbone"])
 def test_fullgraph(name):
-    check_fullgraph(name)
+    check_fullgraph(name, whole)
+
+
+OTHERS = [n for n in tiny.INSTALLED if n not in ONE_EACH]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in OTHERS if n in tiny.WITH_EXPERTS])
+def test_fullgraph_of_the_blocks_of_every_other_family(name):
+    """Routers and experts, and all that a block does with them; of one structure there is a whole model above."""
+    check_fullgraph(name, block_calls)
 
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in tiny.INSTALLED if n not in ONE_EACH])
+@pytest.mark.parametrize("name", OTHERS)
 def test_fullgraph_of_every_other_family(name):
-    check_fullgraph(name)
+    check_fullgraph(name, whole)

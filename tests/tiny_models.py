@@ -80,7 +80,10 @@ def inputs(model, batch=2, seq=8):
 
 def run(model, **kwargs):
     """Main output tensor of a forward."""
-    out = model(**(kwargs or inputs(model)))
+    return main_output(model(**(kwargs or inputs(model))))
+
+
+def main_output(out):
     for key in ("logits", "last_hidden_state", "feature_maps"):
         value = getattr(out, key, None)
         if value is not None:

@@ -4,6 +4,8 @@
 
 No weight is copied. Weights (E, N, K) run as one op; transposed ones (E, K, N), gates that are not recognised and norms
 after each expert run in parts. Weights get no gradient here: where one is asked for, transformers' own grouped_mm runs.
+Under autocast rows are multiplied in its type and come back in their own, as in the models' loops over experts, in
+transformers' batched_mm and in quantized experts; its grouped_mm multiplies in the type of the weights, always.
 
 T tokens, A experts per token, R = T * A slots, E experts, H hidden size, I intermediate size.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from .. import routing
 from ..adapters import ExpertsSpec, read
 from ..backends.base import FLOATS, resolve
+from ..storage import autocast
 
 NAME = "moe_ops"
 FORMAT = "bf16"  # the weights as they are, whatever float type they have
@@ -42,7 +45,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if num_experts != getattr(self, spec.up).shape[0]:
         top_k_index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, -1)
     fused = spec.gate is not None and spec.post_norm is None and not spec.transposed
-    return (_fused if fused else _in_parts)(self, spec, hidden_states, top_k_index, top_k_weights)
+    y = (_fused if fused else _in_parts)(self, spec, autocast(hidden_states), top_k_index, top_k_weights)
+    return y.to(hidden_states.dtype)
 
 
 def spec_of(module: nn.Module) -> ExpertsSpec:

@@ -113,7 +113,7 @@ HOPPER: dict[Kind, Table] = {
         12: Config(16, 128, 128, 4, 3, parts=8, programs=1200), 20: Config(32, 64, 128, 4, 3),
         40: Config(32, 128, 128, 8, 3, swap=True), 100: Config(64, 128, 128, 8, 3, swap=True),
         300: Config(64, 128, 128, 8, 3, swap=True, group_m=8),
-        MANY: Config(128, 64, 128, 4, 2, swap=True, group_m=8, short=64),
+        MANY: Config(128, 128, 128, 4, 3, swap=True, group_m=8, short=64),
     },
     Kind("bf16", decoded=4, gated=True): {
         5: Config(8, 64, 128, 4, 3, swap=True, parts=8, programs=2000), 12: Config(16, 64, 128, 4, 3, swap=True),
