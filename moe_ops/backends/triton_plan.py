@@ -22,6 +22,7 @@ from ..kernels.arrange import CHUNK
 from ..kernels.configs import Config, Kind, choose
 from ..kernels.decode import DECODE, DECODE_BITS, minifloat
 from ..kernels.grouped_mm import row_tiles, stride
+from ..kernels.launch import power_of_2
 from .base import Rows, Weight, interpreted
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -269,7 +270,7 @@ class Product:
             "MMA": plan.dot, "DECODE": plan.decode, "ELEMENT": bits_of(weight.element), "BITS": weight.element.bits,
             "KIND": kind_of(None if self.w.scale is None else self.w.scale.dtype), "GROUP_N": self._group_n(),
             "INTERLEAVED": self.w.interleaved,
-            "E_BLOCK": triton.next_power_of_2(self.w.qdata.shape[0]), "BLOCK_M": config.block_m,
+            "E_BLOCK": power_of_2(self.w.qdata.shape[0]), "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,
         }  # fmt: skip
         if self.transpose:
@@ -300,4 +301,4 @@ def _up(w: Weight, shard_rows: int, group_n: int) -> int:
     """How many rows of a weight (group_n 1), or of its scales, up's channel lies behind gate's."""
     if group_n == 1:
         return 1 if w.interleaved else shard_rows
-    return triton.cdiv(shard_rows, group_n) if group_n else 1
+    return -(-shard_rows // group_n) if group_n else 1
