@@ -4,7 +4,7 @@
     python examples/host_time.py --stub           # no GPU: everything but the last step, the driver's launch
 
 A row is one format and token count: the op (torch.ops.moe_ops.experts) and the module (QuantizedExperts), microseconds
-from one call to the next while the GPU is not waited for, the median and the fastest of several bursts; the first calls,
+from one call to the next while the GPU is not waited for, the median and the fastest of several bursts; first calls,
 in which everything is decided, for comparison; the kernels of a layer. With --stub tensors are the CPU's and kernels
 are compiled for sm_90 but not launched: add 2 to 4 us for each.
 """
