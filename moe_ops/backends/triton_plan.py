@@ -23,6 +23,7 @@ from ..kernels.configs import Config, Kind, choose
 from ..kernels.decode import DECODE, DECODE_BITS, minifloat
 from ..kernels.grouped_mm import row_tiles, stride
 from ..kernels.launch import power_of_2
+from ..kernels.tuning import from_environment, tuned
 from .base import Rows, Weight, interpreted
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -192,7 +193,10 @@ class Product:
         experts = self.w.qdata.shape[0]
         touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
         per_expert = _INVARIANT_ROWS if self.invariant else round(rows / max(touched, 1.0), 1)
-        found = choose(self.kind, arch, per_expert, experts if self.invariant else round(touched), self.n, self.k)
+        found = None if self.invariant else tuned(self.kind, arch, experts, rows, self.n, self.k)
+        if found is None:
+            filled = experts if self.invariant else round(touched)
+            found = choose(self.kind, arch, per_expert, filled, self.n, self.k)
         whole = self.transpose or (self.gate is not None and self.rows.weights is not None)  # weights come after it
         return self.configured(found, 1 if whole else found.parts)
 
@@ -302,3 +306,6 @@ def _up(w: Weight, shard_rows: int, group_n: int) -> int:
     if group_n == 1:
         return 1 if w.interleaved else shard_rows
     return -(-shard_rows // group_n) if group_n else 1
+
+
+from_environment()  # before anything is chosen
