@@ -18,6 +18,7 @@ from .adapters import FLAGS, ExpertsSpec
 from .backends.base import Operand, check_backend, resolve
 from .backends.reference import values
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
+from .ops.library import call
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
@@ -154,9 +155,10 @@ class QuantizedExperts(QuantizedModule):
         backend, invariant = resolve(self.backend)
         up, down = (self.operands(name, backend) for name in self.weight_names())
         biases = [self._parameters.get(f"{name}_bias") for name in self.weight_names()]
-        return torch.ops.moe_ops.experts(
-            x, ids, weights, up.codes, down.codes, up.scale, down.scale, up.global_scale, down.global_scale,
-            up.zero_point, down.zero_point, *biases, up.input_scale, down.input_scale, up.master, down.master,
+        return call(
+            torch.ops.moe_ops.experts.default, x, ids, weights, up.codes, down.codes, up.scale, down.scale,
+            up.global_scale, down.global_scale, up.zero_point, down.zero_point, *biases, up.input_scale,
+            down.input_scale, up.master, down.master,
             format=self.computes.name, grad_format=self.grad_format, activation=gate.activation, gated=gate.gated,
             alpha=gate.alpha, beta=gate.beta, limit=gate.limit, router_weight_on_input=on_input, backend=backend,
             batch_invariant=invariant,

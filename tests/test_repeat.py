@@ -174,10 +174,19 @@ def test_bad_input_is_refused_as_before():
 @pytest.mark.kernels
 def test_memory_and_number_of_calls_are_bounded():
     weights, calls = layer("fp8"), [tokens(2, seed) for seed in range(3)]
-    with repeating() as decided, mock.patch.object(repeat, "_MOST_BYTES", 100):
-        for inputs in calls:
-            OPS.experts(*inputs, *weights, format="fp8", backend="triton")
+    for bound in ({"_MOST_BYTES": 100}, {"_MOST_OPERATIONS": -1}):
+        held, init = [], repeat._Watch.__init__
+
+        def watching(self, *args, held=held, init=init):
+            held.append(self)
+            init(self, *args)
+
+        with repeating() as decided, mock.patch.multiple(repeat, **bound), mock.patch.object(
+            repeat._Watch, "__init__", watching):  # fmt: skip
+            for inputs in calls:
+                OPS.experts(*inputs, *weights, format="fp8", backend="triton")
         assert len(decided) == 3
+        assert [(watch.alive, watch.empty, watch.operations) for watch in held] == [(None, [], [])]
     with repeating(), mock.patch.object(repeat, "_KINDS", 3):
         for count in range(1, 7):
             OPS.experts(*tokens(count), *weights, format="fp8", backend="triton")

@@ -9,6 +9,7 @@ kept, and calls like it from then on are those launches. If not, nothing is kept
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 _KINDS = 1024  # of calls that are remembered; the oldest is forgotten first
 _MOST_BYTES = 64 << 20  # of intermediate results, which a repeated call holds all at once: beyond, the GPU is behind
+_MOST_OPERATIONS = 4  # of torch's, which take the host as long as launches do
 _ALIGNED = 512  # bytes, as torch's allocator has it
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default)
 _SEEN, _ALONE = "seen once", "cannot be repeated"
 _known: dict[tuple, Repeat | str] = {}
+_lock = threading.Lock()
 
 
 def applies(x: Tensor) -> bool:
@@ -37,7 +40,8 @@ def applies(x: Tensor) -> bool:
 
 def forget() -> None:
     """What calls decided may no longer be what they would decide."""
-    _known.clear()
+    with _lock:
+        _known.clear()
 
 
 def call(name: str, fn: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -48,14 +52,19 @@ def call(name: str, fn: Callable[..., Tensor], args: tuple, kwargs: dict[str, An
         return found(args)
     if found is _ALONE:
         return fn(*args, **kwargs)
-    while len(_known) >= _KINDS:
-        _known.pop(next(iter(_known)), None)
     if found is None:  # most calls of a changing number of tokens never come again
-        _known[key] = _SEEN
+        _remember(key, _SEEN)
         return fn(*args, **kwargs)
     out, repeat = _watched(fn, args, kwargs)
-    _known[key] = _ALONE if repeat is None else repeat
+    _remember(key, _ALONE if repeat is None else repeat)
     return out
+
+
+def _remember(key: tuple, what: Repeat | str) -> None:
+    with _lock:
+        while len(_known) >= _KINDS:
+            del _known[next(iter(_known))]
+        _known[key] = what
 
 
 def _like(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -140,24 +149,35 @@ class _Input:
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps every tensor that is made, so that an address is one tensor's, and every operation but views."""
+    """Keeps every tensor that is made, so that an address is one tensor's, and every operation but views.
 
-    def __init__(self, inputs: tuple) -> None:
+    It lets go of all, and no longer watches, when they become more than a repeated call may hold.
+    """
+
+    def __init__(self, inputs: tuple, give_up: Callable[[], None]) -> None:
         super().__init__()
-        self.alive: list[Any] = []
+        self.alive: list[Any] | None = []
         self.empty: list[Tensor] = []
         self.operations: list[tuple] = []
         self.memory = {_memory(t) for t in inputs if isinstance(t, Tensor)}
+        self.bytes, self.give_up = 0, give_up
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.alive is None:
+            return out
         self.alive.append(out)
+        made = isinstance(out, Tensor) and _memory(out) not in self.memory
         if func in _EMPTY:
             self.empty.append(out)
-        elif func._schema.is_mutable or not isinstance(out, Tensor) or _memory(out) not in self.memory:
+        elif made or func._schema.is_mutable or not isinstance(out, Tensor):
             self.operations.append((func, args, kwargs or {}, out))
-        if isinstance(out, Tensor):
+        if made:
             self.memory.add(_memory(out))
+            self.bytes += out.untyped_storage().nbytes()
+        if self.bytes > _MOST_BYTES or len(self.operations) > _MOST_OPERATIONS:
+            self.alive, self.empty, self.operations = None, [], []
+            self.give_up()
         return out
 
 
@@ -166,13 +186,13 @@ def _memory(t: Tensor) -> int:
 
 
 def _watched(fn: Callable[..., Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Repeat | None]:
-    from ..kernels.launch import noting  # with Triton, which a GPU's calls have loaded
+    from ..kernels.launch import noting, stop_noting  # with Triton, which a GPU's calls have loaded
 
-    watch = _Watch(args)
+    watch = _Watch(args, stop_noting)
     with noting() as noted, watch:
         out = fn(*args, **kwargs)
     try:
-        return out, _repeat(args, watch, noted, out)
+        return out, None if watch.alive is None else _repeat(args, watch, noted, out)
     except _Unknown:
         return out, None
 
@@ -195,8 +215,6 @@ def _repeat(inputs: tuple, watch: _Watch, noted: list[Launch], out: Tensor) -> R
         if t.data_ptr() not in starts and t.nbytes:
             starts[t.data_ptr()] = Place(len(inputs) + len(made) + 1, size)
             size += -(-t.nbytes // _ALIGNED) * _ALIGNED
-    if size > _MOST_BYTES:
-        raise _Unknown("too much memory")
     for number, t in enumerate((*inputs, *made)):
         if isinstance(t, Tensor) and t.numel():
             if t.data_ptr() in starts:

@@ -48,6 +48,13 @@ def noting() -> Iterator[list[Launch]]:
         _here.noted = None
 
 
+def stop_noting() -> None:
+    """And let go of what was noted."""
+    if (noted := getattr(_here, "noted", None)) is not None:
+        noted.clear()
+    _here.noted = None
+
+
 def power_of_2(n: int) -> int:
     """The smallest that is no less than n > 0. Triton's own serves kernels too, and takes 8 us on the host."""
     return 1 << (n - 1).bit_length()

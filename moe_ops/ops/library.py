@@ -61,6 +61,14 @@ def no_gradient(name: str) -> None:
     gradient(name, lambda ctx, inputs, output, keyword_only_inputs=None: None, backward)
 
 
+def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """op(*args, **kwargs), not by way of autograd where that records nothing: half of what dispatching takes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
 def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:
     """`ctx.needs_input_grad` of `count` inputs: it is shorter when a call left the last ones at their defaults."""
     return (*ctx.needs_input_grad, *[False] * count)[:count]
