@@ -124,6 +124,15 @@ def derived(x: Tensor) -> dict:
     return _DERIVED.setdefault(mode.tracer, {}).setdefault(node, {})
 
 
+def in_joint_graph() -> bool:
+    """Whether the graph that is being traced has gradients in it, for AOTAutograd to part in two."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    inputs = () if mode is None else mode.tracer.graph.find_nodes(op="placeholder")
+    return any(node.name.startswith("tangents") for node in inputs)
+
+
 def is_unbacked(t: Tensor) -> bool:
     """Whether a size of t comes out of the graph itself: it has no hint, and nothing can be asked of it."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_ops.activation import run_gate
+from moe_ops.activation import Gate, activation_grad, run_gate
 from moe_ops.backends import compose, triton
 from moe_ops.backends.base import Operand
 from moe_ops.backends.triton_plan import Plan, Product, group_of
@@ -23,6 +24,7 @@ from moe_ops.formats import Codec, QuantizedTensor
 from moe_ops.formats.packing import unpack
 from moe_ops.kernels.arrange import CHUNK
 from moe_ops.kernels.configs import Config
+from moe_ops.ops.library import define
 
 from . import _compat, product, routing
 from .quantize import decoded, quantize, rounded, scale_value
@@ -68,10 +70,36 @@ def arranged(operand: Operand, codec: Codec | None, plan: Plan, k: int, dtype: t
     return in_nibbles(values.to(dtype)) if plan.nibbles else values.to(dtype)
 
 
+_MANY_ROWS = 4096
+
+
+def _activation_grad(
+    h: Tensor, grad: Tensor, weights: Tensor | None, activation: str, alpha: float | None, beta: float | None,
+    limit: float | None,
+) -> Tensor:  # fmt: skip
+    gate = Gate(activation=activation, gated=True, alpha=alpha, beta=beta, limit=limit)
+    return triton.activation_grad(gate, h, grad, weights)
+
+
+def _activation_grad_fake(h: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+define(
+    "_activation_grad(Tensor h, Tensor grad, Tensor? weights, str activation, float? alpha, float? beta, float? limit) "
+    "-> Tensor", _activation_grad, _activation_grad_fake,
+)  # fmt: skip
+
+
 class Parts(triton.Parts):
     added = Sums
     sort_by_expert = staticmethod(routing.sort_by_expert)
     arranged = staticmethod(arranged)
+
+    @staticmethod
+    def shared() -> bool:
+        """A gradient multiplies the first product's rows again, unless the graph finds them where they were made."""
+        return _compat.in_joint_graph()
 
     @staticmethod
     def expected(p: Product) -> int:
@@ -94,6 +122,14 @@ class Parts(triton.Parts):
         if scale.ndim and scale.shape[-1] > 1:
             scale = scale.repeat_interleave(group_of(codec), -1)[:, : numbers.shape[1]]
         return numbers * scale if x.global_scale is None else numbers * scale * x.global_scale
+
+    @staticmethod
+    def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Of few rows an expression that others are fused with. Of many, the kernel: generated code would read all of
+        its inputs twice, for gate and for up."""
+        if not gate.gated or _compat.hint(h.shape[0]) < _MANY_ROWS:
+            return activation_grad(gate, h, grad, weights)
+        return torch.ops.moe_ops._activation_grad(h, grad, weights, gate.activation, gate.alpha, gate.beta, gate.limit)
 
     @staticmethod
     def combine(rows: Tensor | triton.Sums, top_k: int) -> Tensor:

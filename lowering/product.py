@@ -97,7 +97,8 @@ def lower(*boxes: Any, **options: Any) -> Any:
     layout = _compat.layout(nodes[0], _fake(*fakes, **options))
     choices: list[Any] = []
     configs = _configs(p, options["parts"])
-    if len(configs) == 1 and _wants_arguments(p, configs[0]) and not _compat.cpp_wrapper():
+    called = p.expands(_compat.hint(p.num_rows)) or _wants_arguments(p, configs[0])
+    if len(configs) == 1 and called and not _compat.cpp_wrapper():
         return _compat.fallback(torch.ops.moe_ops._product.default, boxes, options)
     for config in configs:
         template.append(choices, p, config, names, nodes, layout)

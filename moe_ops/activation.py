@@ -143,13 +143,13 @@ def run_gate(gate: Gate, h: Tensor) -> Tensor:
     return apply_activation(gate.activation, h, gate.gated, gate.interleaved, gate.alpha, gate.beta, gate.limit)
 
 
-def activation_grad(gate: Gate, h: Tensor, grad: Tensor) -> Tensor:
+def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:
     """Derivative of `apply_activation`: h (R, 2I) or (R, I), grad of its output (R, I) -> grad of h, in h's dtype.
 
-    A clamp passes no gradient outside its limits, as torch's does not.
+    weights (R, 1) multiply grad. A clamp passes no gradient outside its limits, as torch's does not.
     """
     base, alpha, beta, limit = resolve_activation(gate.activation, gate.alpha, gate.beta, gate.limit)
-    act, x, d = ACTIVATIONS[base], h.float(), grad.float()
+    act, x, d = ACTIVATIONS[base], h.float(), grad.float() if weights is None else grad.float() * weights
     if not gate.gated:
         inside = 1.0 if limit is None else (x <= limit).float()
         return (act.grad(d, x if limit is None else x.clamp(max=limit), alpha) * inside).to(h.dtype)

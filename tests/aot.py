@@ -31,6 +31,9 @@ class Recorder:
     kernel: triton.JITFunction
     launches: list = field(default_factory=list)
 
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
+
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}

@@ -13,7 +13,10 @@ import pairwise
 import pytest
 import torch
 
+import moe_ops.kernels.activation as activation_kernels
 import moe_ops.kernels.arrange as arrange_kernels
+import moe_ops.kernels.columns as columns_kernels
+import moe_ops.kernels.grouped_mm_transposed as transposed_kernels
 import moe_ops.kernels.parts as parts_kernels
 import moe_ops.kernels.quantize as quantize_kernels
 import moe_ops.kernels.routing as routing_kernels
@@ -97,9 +100,17 @@ def run_other(o: Other) -> None:
         rows, offsets, read = tensor((ROWS, WIDTH), dtype), tensor((EXPERTS + 1,), torch.int32), None
         gathered = tensor((ROWS // top_k, WIDTH), dtype)
         if top_k > 1:
-            read = tensor((ROWS,), torch.int32)
+            read = torch.zeros(ROWS, dtype=torch.int32)
         triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
                                    out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
+    elif o.what == "gate":
+        h, (grad, weights) = tensor((64, 2 * o.args[1]), dtype), (tensor((64, n), torch.float32) for n in (o.args[1], 1))
+        backend.activation_grad(Gate(activation=o.args[0], gated=True), h, grad, weights)
+    elif o.what == "expand":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_plan, "_EXPAND_ABOVE_ROWS", 0)
+            patch.setattr(triton_plan, "choose", lambda kind, *_: list(table(kind, o.arch).values())[-1])
+            run_product(Product(o.arch, *o.args, o.dtype, True, False, False, 256))
     elif o.what == "combine":
         routing_kernels.combine(tensor((8 * o.args[0], o.args[1]), dtype), o.args[0])
     else:
@@ -111,11 +122,14 @@ def run_other(o: Other) -> None:
 def record(case, pick=None) -> list:
     """(kernel, arguments, options) of the launches of a case; `pick(kind)` gives the configuration."""
     owners = {
+        activation_kernels: ("_gate_grad_kernel",),
         arrange_kernels: ("_arrange_kernel",),
         parts_kernels: ("_add_kernel",),
+        transposed_kernels: ("_expand_kernel",),
         backend: ("_grouped_mm_kernel", "_grouped_mm_sized_kernel", "_grouped_mm_transposed_kernel"),
         quantize_kernels: ("_quantize_kernel",),
-        wgrad_kernels: ("_quantize_columns_kernel", "_wgrad_kernel"),
+        columns_kernels: ("_column_amax_kernel", "_quantize_columns_kernel"),
+        wgrad_kernels: ("_wgrad_kernel",),
         routing_kernels: ("_sort_kernel", "_count_kernel", "_scan_kernel", "_scatter_kernel", "_combine_kernel"),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -197,6 +211,7 @@ def entries_of(entries: Table) -> list[Config]:
 
 def others(arch: int) -> list[Other]:
     cases = [Other(arch, "sort", "int64", args) for args in ((64, 128), (4096, 128), (100_000, 384))]
+    cases += [Other(arch, "gate", "bfloat16", (name, 2880)) for name in ("swiglu_oai", "gelu")]
     cases += [Other(arch, "sort", "int32", (4096, 8)), Other(arch, "combine", "bfloat16", (8, 2880))]
     for codec in dict.fromkeys(f.activation for f in FORMATS.values() if f.activation is not None):
         cases += [Other(arch, "quantize", "bfloat16", (codec.name, width, False)) for width in (2880, 16384)]
@@ -204,6 +219,8 @@ def others(arch: int) -> list[Other]:
             cases.append(Other(arch, "quantize", "bfloat16", (codec.name, 4096, True)))
     for codec in (None, "e4m3_row", "mxfp8"):
         cases += [Other(arch, "wgrad", "bfloat16", (codec, top_k)) for top_k in (1, 4)]
+    weights = {f.weight: name for name, f in FORMATS.items() if f.quantized} if arch == 90 else {None: "mxfp4"}
+    cases += [Other(arch, "expand", "bfloat16", (name,)) for name in weights.values()]
     return [*cases, Other(arch, "wgrad", "float32", (None, 1))]
 
 

@@ -15,6 +15,10 @@ import torch
 from kernel_cases import CUDA, DEVICE, DTYPE, FACTORS, OPS, WEIGHTS, gradients, product_case, same, there, tile
 from oracle import Layer, assert_as_good, fit, inputs, takes_static
 
+import moe_ops.activation
+from moe_ops.activation import ACTIVATIONS, Gate
+from moe_ops.backends import triton_plan
+from moe_ops.backends.triton import activation_grad
 from moe_ops.formats import FORMATS, dequantize_weight, quantize_weight
 
 pytestmark = pytest.mark.kernels
@@ -131,7 +135,7 @@ def test_exponents_from_end_to_end(name):
 
 TRANSPOSED = {
     "name": WEIGHTS, "tile": ["small", "swap", "step" if CUDA else "small", "table"], "rows": [3, 40],
-    "order": ["one", "two", "interleaved"], "even": [True, False],
+    "order": ["one", "two", "interleaved"], "even": [True, False], "expand": [True, False],
 }  # fmt: skip
 
 
@@ -149,7 +153,9 @@ def test_grouped_mm_transposed(case):
         scale = oracle.interleave(scale) if scale is not None and FORMATS[name].weight.block[0] == 1 else scale
     tensors = {"weight": codes, "offsets": offsets, "weight_scale": scale, "weight_global_scale": q.global_scale}
     options = {"format": name, "shards": shards, "interleaved": case["order"] == "interleaved", "transpose": True}
-    with tile(case["tile"]):
+    with tile(case["tile"]), pytest.MonkeyPatch.context() as patch:
+        if case["expand"]:  # weights dequantized first, two experts of five at a time
+            patch.setattr(triton_plan, "_EXPAND_ABOVE_ROWS", 0)
         got = OPS.grouped_mm(x.to(DEVICE), **there(tensors), **options, backend="triton").cpu()
     want = torch.zeros(rows, k, dtype=torch.float64)
     plain = torch.zeros(rows, k, dtype=DTYPE)
@@ -157,6 +163,20 @@ def test_grouped_mm_transposed(case):
         want[low:high] = x[low:high].double() @ weights[e].double()
         plain[low:high] = x[low:high] @ weights[e].to(DTYPE)
     assert_as_good(got, want, plain)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_grad(name, gated):
+    """In fp32: both sides of every limit, and NaN."""
+    g = torch.Generator().manual_seed(0)
+    gate = Gate(activation=name, gated=gated)
+    h, grad, weights = (torch.randn(7, n, generator=g) for n in (80 if gated else 40, 40, 1))
+    h[:, ::3] *= 9
+    h[0, 0] = h[1, -1] = torch.nan
+    got = activation_grad(gate, *(t.to(DEVICE) for t in (h, grad, weights))).cpu()
+    want = moe_ops.activation.activation_grad(gate, h, grad * weights)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -9,8 +9,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops.lowering
+from moe_ops.backends import triton, triton_supports, triton_wgrad
 from moe_ops.backends.triton_plan import group_of, plan_of
 from moe_ops.formats import FORMATS
+from moe_ops.lowering import decompositions, product
 
 moe_ops.lowering.register()
 E, H, WIDTH, A = 128, 2048, 768, 8
@@ -180,3 +182,40 @@ def test_a_training_step(name, arch):
     for source in (forward, backward):
         assert not any("moe_ops" in call for call in extern_calls(source))
     assert kinds(forward).count("tem") == 2 and kinds(backward).count("tem") >= 3
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp4"])
+def test_a_training_graph_multiplies_once(name, monkeypatch):
+    """What the backward of the op would compute again is found in the forward, and saved: gate and up of all rows.
+
+    Gradients are traced as on a GPU, but of tensors on the CPU (see `training_step`).
+    """
+    e, h, i, top_k, t = 32, 512, 256, 4, 8192
+    for module in (decompositions, product, triton, triton_wgrad):
+        if hasattr(module, "arch_of"):
+            monkeypatch.setattr(module, "arch_of", lambda device: 90)
+    monkeypatch.setattr(decompositions, "opens", lambda *a: True)
+    monkeypatch.setattr(triton_supports, "interpreted", lambda: True)  # then it runs on CPUs
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    def loss(x, weights, ids, *tensors):
+        given = iter(tensors)
+        stored = [next(given) if there else None for there in present]
+        return OPS.experts(x, ids, weights, *stored, format=name).sum()
+
+    with FakeTensorMode():
+        stored = [None if w is None else torch.empty(w.shape, dtype=w.dtype) for w in experts_weights(name, e, h, i)]
+        present = [w is not None for w in stored]
+        x, weights = (torch.empty(t, n, dtype=torch.bfloat16).requires_grad_() for n in (h, top_k))
+        ids = torch.empty(t, top_k, dtype=torch.int64)
+        opened, partition = decompositions.DECOMPOSITIONS, min_cut_rematerialization_partition
+        aot_function(loss, keep, keep, partition, decompositions=opened)(
+            x, weights, ids, *(w for w in stored if w is not None)).backward()  # fmt: skip
+    forward, backward = ([n for n in graph.nodes if n.target == OPS._product.default] for graph in graphs)
+    saved = [n for n in graphs[0].output_node().args[0] if n in forward]
+    assert [n.kwargs["transpose"] for n in forward + backward] == [False, False, True, True]
+    assert [tuple(n.meta["val"].shape) for n in saved] == [(t * top_k, 2 * i)]

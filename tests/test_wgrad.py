@@ -101,8 +101,8 @@ def test_products(name, device):
 
 
 def along_rows(x, codec):
-    """x (R, C) of one expert as it is when its columns are quantized, in the codec's groups or 128 rows."""
-    unit = codec.block[1] or 128
+    """x (R, C) of one expert as it is when its columns are quantized, in the codec's groups or each with a scale."""
+    unit = codec.block[1] or max(len(x), 1)
     if codec.block == (0, 0):  # a scale for every column all the same
         codec = FORMATS["fp8"].activation
     return torch.cat([oracle.quantized(part.T.contiguous(), codec).T for part in x.split(unit)]) if len(x) else x
@@ -111,7 +111,7 @@ def along_rows(x, codec):
 @pytest.mark.parametrize("name", IN_CODES)
 @pytest.mark.parametrize("gathered", [False, True])
 def test_wgrad_in_codes(name, gathered, device):
-    """Rows of three experts, of 0, 1 and 2 and a half blocks, and rows that nobody owns, which hold NaN."""
+    """Rows of three experts, of 0, less than 1 and 2 and a half blocks, and rows that nobody owns, which hold NaN."""
     codec, g = FORMATS[name].activation, torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, 0, 97, 400], dtype=torch.int32)
     grad, x = torch.randn(420, 40, generator=g) * 1e-3, torch.randn(210 if gathered else 420, 72, generator=g)
@@ -168,11 +168,13 @@ def test_gradients_in_codes(name, device):
 def test_quantize_weight(name, device):
     codec, g = FORMATS[name].weight, torch.Generator().manual_seed(0)
     w = torch.randn(3, 32, fit(name, 136)[0], generator=g)
-    q = quantize_weight(codec, w, 2)
-    got = OPS.quantize_weight(w.to(device), codec.name, 2)
-    for a, b in zip(got, (q.qdata, q.scale, q.global_scale), strict=True):
-        if b is not None:
-            assert a.dtype == b.dtype and torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
+    turned = torch.randn(3, fit(name, 200)[0], 80, generator=g).mT  # as it lies, or copied: the same codes
+    for w, shards in ((w, 2), (turned, 1)):
+        q, there = quantize_weight(codec, w, shards), w.mT.contiguous().to(device).mT if w is turned else w.to(device)
+        got = OPS.quantize_weight(there, codec.name, shards)
+        for a, b in zip(got, (q.qdata, q.scale, q.global_scale), strict=True):
+            if b is not None:
+                assert a.dtype == b.dtype and torch.equal(a.cpu().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def test_refusals():

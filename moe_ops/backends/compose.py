@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import routing
-from ..activation import Gate, activation_grad, interleave, run_gate
+from ..activation import Gate, interleave, run_gate
 from ..formats import Codec, Format
 from .base import Impl, Operand, Problem, Rows, Weight, register
 
@@ -32,7 +32,10 @@ def experts(
     if router_weight_on_input:
         x, read, weights = _weigh_input(x, order, weights, top_k), Rows(offsets), None  # (R, H) sorted
     whole = fmt.activation is not None  # codes are made of whole rows; else the next part may add what this one left
-    h = _project(parts, x, up, read, gate, fmt, batch_invariant, whole)  # (R, I) sorted
+    if getattr(parts, "shared", bool)():  # the gate apart: the backward has the same product
+        h = run_gate(gate, _project(parts, x, up, read, None, fmt, batch_invariant))
+    else:
+        h = _project(parts, x, up, read, gate, fmt, batch_invariant, whole)  # (R, I) sorted
     write = Rows(offsets, write=order, weights=weights)
     y = _project(parts, h, down, write, None, fmt, batch_invariant, whole=False)  # (R, H) slots
     return parts.combine(y, top_k)
@@ -127,8 +130,8 @@ def experts_backward(
     if wants["w"] and not on_input:
         dots = (grad_h * h).sum(-1) + _bias_dots(grad, down, order, offsets, top_k)
         out["w"] = _to_slots(_owned(dots, offsets), order, topk_weights)
-    if not on_input:
-        grad_h, h = grad_h * w, h * w if wants["W2"] else h
+    if not on_input and wants["W2"]:
+        h = h * w
     if wants["b2"]:
         rows = routing.permute(grad, order, top_k)  # (R, H)
         out["b2"] = _bias_grad(rows if on_input else rows.float() * w, offsets, down)
@@ -136,7 +139,7 @@ def experts_backward(
         out["W2"] = wgrad(grad, h.to(x.dtype), down, grad_read=order)
     if not (wants["x"] or wants["b1"] or wants["W1"] or (wants["w"] and on_input)):
         return tuple(out.values())
-    grad_pre = activation_grad(gate, pre, grad_h)  # (R, 2I)
+    grad_pre = parts.activation_grad(gate, pre, grad_h, None if on_input else w)  # (R, 2I)
     if wants["b1"]:
         out["b1"] = _bias_grad(grad_pre, offsets, up)
     if wants["W1"]:
@@ -159,7 +162,7 @@ def _back(
     if grad_fmt is None:
         return parts.grouped_mm(Operand(grad), w, rows, None, fmt, out_dtype=dtype, transpose=True)
     assert w.master is not None
-    q = parts.quantize_weight(grad_fmt.weight, w.master.transpose(1, 2).contiguous())  # (E, K, N)
+    q = parts.quantize_weight(grad_fmt.weight, w.master.mT)  # (E, K, N)
     turned = Weight(q.qdata, q.scale, q.global_scale)
     return grouped_mm(parts, Operand(grad), turned, rows, None, grad_fmt, out_dtype=dtype)
 
@@ -210,7 +213,7 @@ def grouped_mm_backward(
         grad_rows = (grad_rows.float() * weights[:, None]).to(dtype)
     if gate is not None:
         pre = grouped_mm(parts, x, w, plain, None, fmt, out_dtype=dtype)
-        grad_rows = activation_grad(gate, pre, grad_rows)
+        grad_rows = parts.activation_grad(gate, pre, grad_rows)
     grad_bias = _bias_grad(grad_rows, rows.offsets, w) if need[1] else empty
     grad_w = empty
     if need[3]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import routing
-from ..activation import Gate, run_gate
+from ..activation import Gate, activation_grad, run_gate
 from ..formats import Codec, Format, QuantizedTensor, dequantize_weight, quantize_weight
 from . import compose
 from .base import Operand, Rows, Weight
@@ -67,9 +67,6 @@ def grouped_mm(
     return out
 
 
-WGRAD_ROWS = 128  # of an expert, that share a scale where a codec has one for all
-
-
 def grouped_wgrad(
     grad: Tensor, x: Tensor, offsets: Tensor | None, codec: Codec | None, *, num_experts: int, out_dtype: torch.dtype,
     grad_read: Tensor | None = None, x_read: Tensor | None = None, top_k: int = 1,
@@ -77,11 +74,11 @@ def grouped_wgrad(
     """dW[e] = sum over the rows i of expert e of grad[i]^T x[i] (E, N, K): fp32, one cast.
 
     Row i is grad[i] and x[i], or grad[grad_read[i] // top_k], x[x_read[i] // top_k]. With a codec the columns of both
-    are quantized first, expert by expert: along its rows, in the codec's groups or in blocks of WGRAD_ROWS.
+    are quantized first, expert by expert: along its rows, in the codec's groups or all with one scale.
     """
     out = torch.zeros(num_experts, grad.shape[1], x.shape[1], dtype=out_dtype, device=x.device)
     bounds = [0, wgrad_rows(x, grad_read, x_read)] if offsets is None else offsets.tolist()
-    along = codec and codec.along_rows(WGRAD_ROWS)
+    along = codec and codec.along_rows()
     for e in range(num_experts):
         mine = slice(bounds[e], bounds[e + 1])
         if bounds[e] == bounds[e + 1]:
@@ -152,6 +149,7 @@ class Parts:
     quantize = staticmethod(quantize)
     values = staticmethod(values)
     grouped_mm = staticmethod(grouped_mm)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)
 

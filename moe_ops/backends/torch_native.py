@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import routing
-from ..activation import Gate, deinterleave, interleave, run_gate
+from ..activation import Gate, activation_grad, deinterleave, interleave, run_gate
 from ..formats import FORMATS, Format
 from . import compose, reference
 from .base import Operand, Problem, Rows, Weight
@@ -80,6 +80,7 @@ class Parts:
     quantize = staticmethod(reference.quantize)
     values = staticmethod(reference.values)
     grouped_mm = staticmethod(grouped_mm)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(reference.grouped_wgrad)
     quantize_weight = staticmethod(reference.quantize_weight)
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..activation import Gate
-from ..formats import Codec, Format, QuantizedTensor
+from ..activation import Gate, resolve_activation
+from ..formats import FORMATS, Codec, Format, QuantizedTensor
 from ..kernels import quantize as quantize_kernels
 from ..kernels import routing as routing_kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.activation import ACTIVATIONS, gate_grad
 from ..kernels.arrange import CHUNK, arrange
 from ..kernels.configs import Config
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
 from ..kernels.grouped_mm import _grouped_mm_kernel, _grouped_mm_sized_kernel, launch_grid
-from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel
+from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel, expand
 from ..kernels.launch import enqueue
 from ..kernels.parts import add
 from ..kernels.scales import RULES
@@ -57,11 +57,17 @@ def quantize(x: Tensor, codec: Codec, scale: Tensor | None = None) -> Operand:
 
 
 def quantize_weight(codec: Codec, weight: Tensor, shards: int = 1) -> QuantizedTensor:
-    """As formats.quantize_weight. Blocks that lie within a row are one launch for all experts; others are torch's."""
-    in_rows = codec.block is not None and codec.block[0] == 1 and not codec.global_scale
+    """As formats.quantize_weight. Blocks that lie within a row are one launch for all experts; others are torch's.
+
+    A transpose (E, N, K), K contiguous in memory along N, is quantized as it lies.
+    """
+    rows, group = codec.block or (0, 0)
+    in_rows = rows == 1 and not codec.global_scale
     problem = Problem("quantize", weight.device.type, arch_of(weight.device), weight.dtype, codec.name)
     if not in_rows or not weight.numel() or supports(problem) is not True:
         return formats.quantize_weight(codec, weight, shards)
+    if weight.mT.is_contiguous() and not codec.packed and not (group and 128 % group):
+        return QuantizedTensor(*triton_wgrad.quantize_turned(codec, weight.mT), None, None, codec)
     q, lead = quantize(weight.reshape(-1, weight.shape[2]), codec), weight.shape[:2]
     assert q.scale is not None
     return QuantizedTensor(q.data.view(*lead, -1), q.scale.view(*lead, -1), None, None, codec)
@@ -128,16 +134,55 @@ def launch(p: Product, config: Config) -> Tensor:
     check_words(p, p.w.qdata.data_ptr())
     dtype = p.dtype if config.parts == 1 else torch.float32
     out = torch.empty(p.size(config.parts), dtype=dtype, device=p.w.qdata.device)
+    arguments = _arguments(p, config, out)
+    if p.expands(p.num_rows):
+        _launch_expanded(p, config, arguments)
+    else:
+        _launch(p, config, arguments)
+    return out
+
+
+_EXPANDED_PARTS = 4  # of the experts: as much of the weights is in memory as floats
+
+
+def _launch_expanded(p: Product, config: Config, arguments: dict[str, Any]) -> None:
+    """Some experts at a time: their weights into a buffer (E', C, K), and the products of their rows."""
+    (e, c, _), floats, device = p.w.qdata.shape, FORMATS["bf16"], p.w.qdata.device
+    dtype = torch.float32 if interpreted() else p.x.data.dtype
+    buffer = torch.empty(-(-e // _EXPANDED_PARTS), c, p.k, dtype=dtype, device=device)
+    plan = plan_of(floats, dtype, False, p.k, arch_of(device))
+    every = {name: arguments[name] for name in ("E", "E_BLOCK", "num_m", "ROW_TILES")}
+    for begin in range(0, e, len(buffer)):
+        weights = buffer[: e - begin]
+        expand(arguments, begin, weights)
+        part = replace(p, w=Weight(weights), fmt=floats, plan=plan)
+        experts = {"begin_expert": begin, "end_expert": begin + len(weights)}
+        _launch(part, config, _arguments(part, config, arguments["out_ptr"]) | every | experts)
+
+
+def _arguments(p: Product, config: Config, out: Tensor) -> dict[str, Any]:
     num_m, by_row = p.row_tiles(config, p.num_rows)
-    arguments = {
+    tensors = {name: None if t is None else as_bytes(t, p.plan.native) for name, t in p.tensors().items()}
+    return {
         "out_ptr": out, "num_rows": p.num_rows, "num_m": num_m,
         "stride_om": out.stride(-2), "ROW_TILES": by_row, "num_warps": config.warps, "num_stages": config.stages,
-        **p.numbers(), **p.constants(config),
+        **p.numbers(), **p.constants(config), **tensors,
     }  # fmt: skip
-    arguments |= {name: None if t is None else as_bytes(t, p.plan.native) for name, t in p.tensors().items()}
+
+
+def _launch(p: Product, config: Config, arguments: dict[str, Any]) -> None:
     forward = _grouped_mm_sized_kernel if p.sized(config, arch_of(p.w.qdata.device)) else _grouped_mm_kernel
     kernel = _grouped_mm_transposed_kernel if p.transpose else forward
-    enqueue(kernel, launch_grid(num_m, p.n, config.block_n, config.parts), **arguments)
+    enqueue(kernel, launch_grid(arguments["num_m"], p.n, config.block_n, config.parts), **arguments)
+
+
+def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:
+    """As moe_ops.activation's, one launch. A product gives gate's columns before up's."""
+    assert not gate.interleaved
+    name, alpha, beta, limit = resolve_activation(gate.activation, gate.alpha, gate.beta, gate.limit)
+    out, weights = torch.empty_like(h), None if weights is None else weights.contiguous()
+    if grad.numel():
+        gate_grad(h, grad.contiguous(), weights, out, name, gate.gated, alpha=alpha, beta=beta, limit=limit)
     return out
 
 
@@ -158,6 +203,7 @@ class Parts:
     values = staticmethod(reference.values)
     arranged = staticmethod(arranged)
     launch = staticmethod(launch)
+    activation_grad = staticmethod(activation_grad)
     grouped_wgrad = staticmethod(triton_wgrad.grouped_wgrad)
     quantize_weight = staticmethod(quantize_weight)
 

@@ -31,10 +31,13 @@ TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.
 # Hopper's tensor core sums fp8 products in a short accumulator. Against float64 on the same codes the error of a bf16
 # result is 1.12 x its rounding at K = 2048, 1.29 x at 4096, 1.5 x at 7168, 2.0 x at 14336 (H200); 1.00 x when every 128
 # products join an fp32 register. That costs time, and is done where the error would come near twice the rounding.
-_PROMOTE_ABOVE_K, _PROMOTE = 8192, 128
+PROMOTE_ABOVE_K, PROMOTE = 8192, 128
 # Scales of groups below 128 columns are too small to be copied ahead of time. Reading them a step ahead by hand made
 # products of 4 bits in groups of 32 2 to 7 % faster at K = 2880 to 14336, 3 to 27 % slower at 256 to 2048 (H200).
 _AHEAD_FROM_K = 2560
+# A tile of a gradient's product takes 1.8 (fp8) to 2.4 (mxfp4) times as long as one of floats (H200): above this many
+# rows per expert weights are dequantized first.
+_EXPAND_ABOVE_ROWS = 256
 _INVARIANT_ROWS = 64  # batch-invariant: the configuration for this many rows per expert serves any number
 
 
@@ -96,7 +99,7 @@ def plan_of(fmt: Format, dtype: torch.dtype, quantized_x: bool, k: int, arch: in
     alike = alike and not (group_x and act is not None and act.scale_dtype.itemsize == 1)
     decode: Any = (DECODE if native else DECODE_BITS).get(weight.element.name, minifloat)
     if alike and native and weight.element.name == "e4m3":
-        promote = _PROMOTE if arch == 90 and k > _PROMOTE_ABOVE_K and not group and not group_x else None
+        promote = PROMOTE if arch == 90 and k > PROMOTE_ABOVE_K and not group and not group_x else None
         return Plan("fp8", tl.float8e4nv, decode, native, 0, True, fold, promote)
     if alike and weight.element.name == "int8" and not group and not group_x:
         return Plan("int8", tl.int8, decode, native, 0, True, fold, None)
@@ -180,6 +183,10 @@ class Product:
         along_k = (group_of(self.fmt.weight) and not self.plan.fold) or self.x.along_k is not None
         return not self.transpose and self.plan.types is None and bool(along_k)
 
+    def expands(self, rows: int) -> bool:
+        """Whether weights are dequantized before a product of so many rows, not in it."""
+        return self.transpose and self.plan.decoded > 0 and rows > _EXPAND_ABOVE_ROWS * self.w.qdata.shape[0]
+
     @property
     def kind(self) -> Kind:
         """What the tables of configurations call it."""
@@ -193,10 +200,10 @@ class Product:
         experts = self.w.qdata.shape[0]
         touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
         per_expert = _INVARIANT_ROWS if self.invariant else round(rows / max(touched, 1.0), 1)
-        found = None if self.invariant else tuned(self.kind, arch, experts, rows, self.n, self.k)
+        kind = replace(self.kind, decoded=0) if self.expands(rows) else self.kind
+        found = None if self.invariant else tuned(kind, arch, experts, rows, self.n, self.k)
         if found is None:
-            filled = experts if self.invariant else round(touched)
-            found = choose(self.kind, arch, per_expert, filled, self.n, self.k)
+            found = choose(kind, arch, per_expert, experts if self.invariant else round(touched), self.n, self.k)
         whole = self.transpose or (self.gate is not None and self.rows.weights is not None)  # weights come after it
         return self.configured(found, 1 if whole else found.parts)
 
@@ -260,7 +267,7 @@ class Product:
         w, s, g = self.w, self.w.scale, self.w.global_scale
         return {
             "E": w.qdata.shape[0], "C": w.qdata.shape[1], "K": self.k, "shard_rows": w.qdata.shape[1] // w.shards,
-            "top_k": self.rows.top_k, "stride_xm": self.x.data.stride(0),
+            "top_k": self.rows.top_k, "begin_expert": None, "end_expert": None, "stride_xm": self.x.data.stride(0),
             "stride_we": w.qdata.stride(0), "stride_wn": w.qdata.stride(1),
             "stride_wse": stride(s, 0), "stride_wsn": stride(s, 1),
             "stride_wsk": stride(s, 2) if s is not None and s.ndim == 3 else 0,

@@ -26,6 +26,8 @@ def supports(problem: Problem) -> bool | str:
         return f"takes bfloat16, float16 or float32, not {problem.dtype}"
     if problem.n * problem.k >= 1 << 31:
         return f"addresses 2^31 numbers of a matrix, not {problem.n} x {problem.k}"
+    if problem.op == "grouped_wgrad" and (reason := _missing_along_rows(codecs[0])):
+        return reason
     missing = [reason for codec in codecs if (reason := _missing(codec, problem.op == "quantize"))]
     return "; ".join(missing) if missing else True
 
@@ -44,6 +46,11 @@ def _missing(codec: Codec, encodes: bool) -> str | None:
     if encodes and _RULES.get(codec.scale_rule) != (codec.scale_dtype, codec.global_scale):
         return f"has no kernel that finds the scales of {codec.name}"
     return None
+
+
+def _missing_along_rows(codec: Codec) -> str | None:
+    group = codec.block[1] if codec.block else 0
+    return f"sums rows in groups that divide 128, not of {group}" if group and 128 % group else None
 
 
 # What kernels compute, by identity: another rule or element of the same name is another one.

@@ -87,11 +87,10 @@ class Codec:
         block = self.block and (bn, bk)
         return self if block == self.block else replace(self, name=f"{whole}@{unit}", block=block)
 
-    def along_rows(self, unit: int) -> Codec:
-        """What stores columns whose contraction is rows: a scale for every group of them, or every `unit` instead of
-        one for all."""
+    def along_rows(self) -> Codec:
+        """What stores columns whose contraction is rows: a scale for every group of them, or for all."""
         assert self.block is not None and not self.packed
-        return replace(self, name=f"{self.name}|{unit}", block=(1, self.block[1] or unit))
+        return replace(self, name=f"{self.name}|rows", block=(1, self.block[1]))
 
     def stored(self, k: int) -> int:
         """Extent of K as it is stored."""

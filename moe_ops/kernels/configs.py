@@ -76,6 +76,7 @@ SMALL: dict[Kind, Table] = {
     Kind("fp32", promoted=True, wgrad=True): {MANY: Config(32, 32, 128, 4, 2, group_m=8)},
     Kind("bf16", wgrad=True): {MANY: Config(64, 64, 32, 4, 2, group_m=8)},
     Kind("bf16", promoted=True, wgrad=True): {MANY: Config(64, 64, 128, 8, 1, group_m=8)},
+    Kind("fp8", wgrad=True): {MANY: Config(64, 64, 128, 4, 3, group_m=8)},
     Kind("fp8", promoted=True, wgrad=True): {MANY: Config(64, 64, 128, 4, 2, group_m=8)},
 }  # fmt: skip
 SMALL[Kind("bf16", decoded=6, gated=True)] = {16: _FEW, MANY: Config(32, 32, 64, 4, 3, group_m=8)}
@@ -176,11 +177,20 @@ HOPPER: dict[Kind, Table] = {
     **{kind: SMALL[kind] for kind in _SHARED},
     Kind("bf16", transposed=True): {
         16: Config(16, 64, 32, 4, 2), 64: Config(64, 64, 32, 4, 2, group_m=8),
+        200: Config(128, 128, 64, 8, 3, group_m=8), MANY: Config(128, 256, 64, 8, 4, group_m=8),
+    },
+    Kind("bf16", decoded=8, transposed=True): {
+        16: Config(16, 64, 32, 4, 2), 64: Config(64, 64, 32, 4, 2, group_m=8),
         MANY: Config(128, 64, 64, 4, 3, group_m=8),
     },
-    Kind("bf16", wgrad=True): {MANY: Config(128, 128, 64, 8, 4, group_m=8)},
+    Kind("bf16", decoded=4, transposed=True): {
+        16: Config(16, 64, 32, 4, 2), 64: Config(64, 64, 32, 4, 2, group_m=8),
+        MANY: Config(128, 64, 64, 4, 3, group_m=8),
+    },
+    Kind("bf16", wgrad=True): {MANY: Config(128, 128, 64, 4, 3, group_m=8)},
     Kind("bf16", promoted=True, wgrad=True): {MANY: Config(128, 128, 128, 8, 3, group_m=8)},
-    Kind("fp8", promoted=True, wgrad=True): {MANY: Config(64, 128, 128, 4, 4, group_m=8)},
+    Kind("fp8", wgrad=True): {MANY: Config(128, 128, 128, 4, 3, group_m=8)},
+    Kind("fp8", promoted=True, wgrad=True): {MANY: Config(64, 128, 128, 4, 3, group_m=8)},
 }  # fmt: skip
 # Unpacking 6 bits takes registers.
 HOPPER[Kind("bf16", decoded=6, transposed=True)] = SMALL[Kind("bf16", transposed=True)]

@@ -168,12 +168,15 @@ def spread_scales(s, TYPE: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def load_codes(ptrs, inside, BITS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Codes (BN, BK): bytes as they are, or of 6 bits out of units of 3 bytes, ptrs (BN, BK / 4)."""
+    """Codes (BN, BK): bytes as they are, or out of units, ptrs (BN, units): 4 of 6 bits in 3 bytes, 2 of 4 in one."""
     if BITS == 6:
         word = load_k(ptrs, inside, EVEN_K).to(tl.int32) | (load_k(ptrs + 1, inside, EVEN_K).to(tl.int32) << 8)
         word |= load_k(ptrs + 2, inside, EVEN_K).to(tl.int32) << 16
         pairs = tl.join(word & 63, (word >> 12) & 63), tl.join((word >> 6) & 63, word >> 18)  # codes 0, 2 and 1, 3
         return tl.join(pairs[0], pairs[1]).reshape(ptrs.shape[0], 4 * ptrs.shape[1])
+    elif BITS == 4:
+        both = load_k(ptrs, inside, EVEN_K)
+        return tl.join(both & 0xF, both >> 4).reshape(ptrs.shape[0], 2 * ptrs.shape[1])
     else:
         return load_k(ptrs, inside, EVEN_K)
 

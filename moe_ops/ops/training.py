@@ -58,8 +58,9 @@ def grouped_wgrad(
     """dW[e] = sum over sorted rows i of expert e of grad[i]^T x[i] (E, N, K), in fp32, one cast to out_dtype or grad's.
 
     grad (R, N), x (R, K); where rows are gathered, grad[grad_rows_in[i] // top_k] and x[rows_in[i] // top_k]. Without
-    offsets all rows are those of one expert. With a codec both are quantized along the rows first, in its groups or in
-    blocks of 128 rows of an expert. Raises ValueError for shapes that do not fit, and codecs but those of 8-bit floats.
+    offsets all rows are those of one expert. With a codec both are quantized along the rows first: a scale for each of
+    its groups, which never join two experts, or for all rows of an expert. Raises ValueError for shapes that do not
+    fit, and codecs but those of 8-bit floats.
     """
     if codec is not None and not _is_fp8(FORMATS.codec(codec)):
         raise ValueError(f"gradients are multiplied in codes of 8-bit floats, not in {codec!r}")
