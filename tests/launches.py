@@ -104,7 +104,8 @@ def run_other(o: Other) -> None:
         triton_wgrad.grouped_wgrad(rows, gathered, offsets, codec and FORMATS.codec(codec), num_experts=EXPERTS,
                                    out_dtype=dtype, x_read=read, top_k=top_k)  # fmt: skip
     elif o.what == "gate":
-        h, (grad, weights) = tensor((64, 2 * o.args[1]), dtype), (tensor((64, n), torch.float32) for n in (o.args[1], 1))
+        grad, weights = (tensor((64, n), torch.float32) for n in (o.args[1], 1))
+        h = tensor((64, 2 * o.args[1]), dtype)
         backend.activation_grad(Gate(activation=o.args[0], gated=True), h, grad, weights)
     elif o.what == "expand":
         with pytest.MonkeyPatch.context() as patch:
