@@ -35,7 +35,7 @@ PROMOTE_ABOVE_K, PROMOTE = 8192, 128
 # Scales of groups below 128 columns are too small to be copied ahead of time. Reading them a step ahead by hand made
 # products of 4 bits in groups of 32 2 to 7 % faster at K = 2880 to 14336, 3 to 27 % slower at 256 to 2048 (H200).
 _AHEAD_FROM_K = 2560
-# A tile of a gradient's product takes 1.8 (fp8) to 2.4 (mxfp4) times as long as one of floats (H200): above this many
+# A tile of a gradient's product takes 1.8 (fp8) to 2.4 (4 bits) times as long as one of floats (H200): above this many
 # rows per expert weights are dequantized first.
 _EXPAND_ABOVE_ROWS = 256
 _INVARIANT_ROWS = 64  # batch-invariant: the configuration for this many rows per expert serves any number
