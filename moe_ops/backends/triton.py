@@ -150,14 +150,13 @@ def _launch_expanded(p: Product, config: Config, arguments: dict[str, Any]) -> N
     (e, c, _), floats, device = p.w.qdata.shape, FORMATS["bf16"], p.w.qdata.device
     dtype = torch.float32 if interpreted() else p.x.data.dtype
     buffer = torch.empty(-(-e // _EXPANDED_PARTS), c, p.k, dtype=dtype, device=device)
-    plan = plan_of(floats, dtype, False, p.k, arch_of(device))
+    part = replace(p, w=Weight(buffer), fmt=floats, plan=plan_of(floats, dtype, False, p.k, arch_of(device)))
     every = {name: arguments[name] for name in ("E", "E_BLOCK", "num_m", "ROW_TILES")}
+    inner = _arguments(part, config, arguments["out_ptr"]) | every
     for begin in range(0, e, len(buffer)):
         weights = buffer[: e - begin]
         expand(arguments, begin, weights)
-        part = replace(p, w=Weight(weights), fmt=floats, plan=plan)
-        experts = {"begin_expert": begin, "end_expert": begin + len(weights)}
-        _launch(part, config, _arguments(part, config, arguments["out_ptr"]) | every | experts)
+        _launch(part, config, inner | {"begin_expert": begin, "end_expert": begin + len(weights)})
 
 
 def _arguments(p: Product, config: Config, out: Tensor) -> dict[str, Any]:
