@@ -211,6 +211,28 @@ def test_linear_is_repeated():
 # ---- compiled
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in FORMATS if "/" not in name] + ["mxfp4/fp8", "int8/int8"])
+def test_on_a_gpu(name, dtype):
+    """dtype: of router weights; in bf16 torch casts them first. The last call is captured and replayed."""
+    weights = [None if t is None else t.cuda() for t in layer(name)]
+    calls = [[t.cuda() for t in tokens(2, seed, dtype)] for seed in range(5)]
+    calls = [(x.bfloat16(), *routing) for x, *routing in calls]
+    with torch.no_grad():
+        run = lambda inputs: OPS.experts(*inputs, *weights, format=name, backend="triton")  # noqa: E731
+        with mock.patch.object(repeat, "applies", lambda x: False):
+            want = [run(inputs) for inputs in calls]
+        repeat.forget()
+        got = [run(inputs) for inputs in calls[:4]]
+        assert any(isinstance(each, repeat.Repeat) for each in repeat._known.values()) == (name != "fp8_tensor")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            last = run(calls[4])
+        graph.replay()
+    assert all(same(a, b) for a, b in zip([*got, last], want, strict=True))
+
+
 def host_time():
     sys.path.insert(0, str(ROOT / "examples"))
     try:
