@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import OPS, same
+from kernel_cases import CUDA, OPS, same
 from oracle import takes_static
 
 from moe_ops.backends import repeat
@@ -20,10 +20,15 @@ from moe_ops.kernels.launch import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 E, WIDTH, TOP_K = 3, 64, 2  # H and I
-NAMES = ("bf16", "fp8", "fp8_tensor", "mxfp4/fp8")  # floats, codes, a torch operation between, words
+NAMES = ("bf16", "fp8_tensor", "mxfp4/fp8")  # floats, a torch operation between, words
 
 
 # ---- interpreted
+
+
+def interpreter(test):
+    """Addresses are the CPU's: on a GPU `test_on_a_gpu` says the same."""
+    return pytest.mark.kernels(pytest.mark.skipif(CUDA, reason="runs in the interpreter")(test))
 
 
 def tensor_at(address, like):
@@ -95,7 +100,7 @@ def check(name, calls, again, **options):
     assert quick == again
 
 
-@pytest.mark.kernels
+@interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_alike_are_repeated(name):
     first, other = layer(name), layer(name, 1)
@@ -106,7 +111,7 @@ def test_calls_alike_are_repeated(name):
     check(name, calls, [] if between else [3, 4])
 
 
-@pytest.mark.kernels
+@interpreter
 @pytest.mark.parametrize("options", [{"batch_invariant": True}, {"limit": 1.0}], ids=str)
 def test_another_option_is_another_call(options):
     weights = layer("fp8")
@@ -121,14 +126,14 @@ def test_another_option_is_another_call(options):
         assert not any(same(a, b) for a, b in zip(plain, other, strict=True))
 
 
-@pytest.mark.kernels
+@interpreter
 def test_router_weights_are_cast_again():
     """A torch operation on an input, in front of the launches."""
     weights = layer("fp8")
     check("fp8", [(tokens(2, seed, torch.float64), weights) for seed in range(4)], [2, 3])
 
 
-@pytest.mark.kernels
+@interpreter
 def test_operations_between_launches_are_not_repeated():
     weights = layer("fp8")
     calls = [(tokens(1, seed), weights) for seed in range(3)]
@@ -138,7 +143,7 @@ def test_operations_between_launches_are_not_repeated():
     check(name, [(inputs, [*layer(name), *static]) for inputs, _ in calls], [])
 
 
-@pytest.mark.kernels
+@interpreter
 def test_alignment_is_part_of_the_kind():
     """Triton's kernels are compiled for addresses that are multiples of 16, or for any."""
     weights, room = layer("bf16"), torch.randn(3, 2 * WIDTH + 1)
@@ -147,7 +152,7 @@ def test_alignment_is_part_of_the_kind():
     check("bf16", calls, [4, 5])
 
 
-@pytest.mark.kernels
+@interpreter
 def test_strides_are_part_of_the_kind():
     """Rows that lie apart are copied first: by torch, again each time."""
     weights, room, (_, *routing) = layer("bf16"), torch.randn(2, 2, WIDTH), tokens(2)
@@ -155,7 +160,7 @@ def test_strides_are_part_of_the_kind():
     check("bf16", [(inputs, weights) for inputs in (dense, dense, apart, apart, apart, dense)], [4, 5])
 
 
-@pytest.mark.kernels
+@interpreter
 def test_one_tensor_twice_is_not_repeated():
     """Which of two an address was could not be told."""
     weights = layer("fp8")
@@ -163,7 +168,7 @@ def test_one_tensor_twice_is_not_repeated():
     check("fp8", [(tokens(2, seed), weights) for seed in range(3)], [])
 
 
-@pytest.mark.kernels
+@interpreter
 def test_bad_input_is_refused_as_before():
     weights, (x, ids, w) = layer("fp8"), tokens(2)
     with repeating():
@@ -175,7 +180,7 @@ def test_bad_input_is_refused_as_before():
                     OPS.experts(*bad, *weights, format="fp8", backend="triton")
 
 
-@pytest.mark.kernels
+@interpreter
 def test_memory_and_number_of_calls_are_bounded():
     weights, calls = layer("fp8"), [tokens(2, seed) for seed in range(3)]
     for bound in ({"_MOST_BYTES": 100}, {"_MOST_OPERATIONS": -1}):
@@ -197,7 +202,7 @@ def test_memory_and_number_of_calls_are_bounded():
             assert len(repeat._known) == min(count, 3)
 
 
-@pytest.mark.kernels
+@interpreter
 def test_linear_is_repeated():
     q = FORMATS["fp8"].weight.quantize(torch.randn(64, WIDTH))
     calls = [torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

@@ -169,6 +169,7 @@ def test_the_environment_names_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 def test_tuning_a_shape(tmp_path):
     """Interpreted: every candidate computes the same; the file holds the fastest, and is used."""
     with pytest.MonkeyPatch.context() as patch:
