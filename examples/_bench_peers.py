@@ -37,6 +37,16 @@ SHAPES = {
 }
 
 
+def shape_of(name: str) -> Shape:
+    """One of SHAPES, or a shape written as experts x top_k x hidden x intermediate: 128x8x2048x768."""
+    if name in SHAPES:
+        return SHAPES[name]
+    sizes = name.split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"a shape is {', '.join(SHAPES)} or EXPERTSxTOP_KxHIDDENxINTERMEDIATE, got {name!r}")
+    return Shape(name, *map(int, sizes))
+
+
 @dataclass(frozen=True)
 class Weights:
     """One layer's experts in one format: gate_up (E, 2I, H) and down (E, H, I)."""

@@ -155,3 +155,42 @@ def print_table(cells: list[Cell], title: str, legend: str, compare: bool) -> in
     if wrong:
         print("failed or wrong: " + "; ".join(f"{cell} ({', '.join(labels)})" for cell, labels in wrong))
     return len(wrong)
+
+
+SPREAD = ((32, 1.015), (512, 1.025), (math.inf, 1.08))  # up to so many tokens, a ratio beyond this is a loss
+
+
+def markdown(cells: list[Cell], title: str, ceilings: Ceilings) -> str:
+    """Every cell beside its best peer, shipped (with the ceilings of its own run) or of this run; means and losses."""
+    shipped, lines = shipped_peers(), [f"{title}\n", *(f"{each}  " for each in ceilings_line(ceilings).split("\n")), ""]
+    ratios_of: dict[str, list[float]] = {}
+    lost: list[str] = []
+    rows = ["| format | shape | M | us | x floor | best peer | x floor | ratio |", "|---|---|---|---|---|---|---|---|"]
+    for cell in cells:
+        us = cell.us("op")
+        if us is None or cell.wrong():
+            rows.append(f"| {cell.format} | {cell.shape} | {cell.tokens} | wrong or failed | | | | |")
+            continue
+        mine, peer = us / cell.floors.stream, _best(cell, shipped.get((cell.format, cell.shape, cell.tokens)))
+        ours = f"| {cell.format} | {cell.shape} | {cell.tokens} | {us:.1f} | {mine:.2f} |"
+        if peer is None:
+            rows.append(f"{ours} - | | |")
+            continue
+        ratio = mine / peer[0]
+        ratios_of.setdefault(cell.format, []).append(ratio)
+        loss = ratio > next(limit for tokens, limit in SPREAD if cell.tokens <= tokens)
+        lost += [f"{cell} {ratio:.2f}"] * loss
+        rows.append(f"{ours} {peer[1]} | {peer[0]:.2f} | {'**' * loss}{ratio:.2f}{'**' * loss} |")
+    means = [f"{name} {math.exp(-sum(map(math.log, each)) / len(each)):.2f} x" for name, each in ratios_of.items()]
+    lines.append(f"Geometric mean of the speed over the best peer's: {', '.join(means) or '-'}.  ")
+    lines.append(f"Slower than the best peer beyond the spread, {len(lost)}: {', '.join(lost) or 'none'}.\n")
+    return "\n".join((*lines, *rows)) + "\n"
+
+
+def _best(cell: Cell, shipped: Shipped | None) -> tuple[float, str] | None:
+    """The smallest multiple of the streaming floor, and whose it is."""
+    found = [(shipped.stream, shipped.peer)] if shipped is not None else []
+    peer = cell.best_peer()
+    if peer is not None:
+        found.append((peer[0] / cell.floors.stream, f"{peer[1]} (this run)"))
+    return min(found, default=None)

@@ -10,7 +10,14 @@ touched experts, x and y at the speed of a streaming read, or the operations at 
 streaming (two kernels that only read the weights, at the speed that reads of that size reach). Where compute is the
 bound the two are one. The error is relative to an fp32 layer on the dequantized weights, over outputs that held NaN
 before the checked replay. `vs` divides our multiple of the streaming floor by that of the best shipped kernel in
-anchors_h200.json.
+anchors_h200.json. --markdown FILE writes the table of docs/performance.md.
+
+    python examples/benchmark.py --tune tiles.json --shapes 128x8x2048x768 --formats fp8 --tokens 1 8 64 512
+
+times tile configurations of the grouped products instead, here for a shape of one's own (experts x top_k x hidden x
+intermediate), and writes the best with where they were found; moe_ops.tuning.load_tuning("tiles.json") or
+MOE_OPS_TUNING=tiles.json in the environment use them. Printed, for each product: how many times the best's time the
+package's own rule takes.
 """
 
 import argparse
@@ -25,12 +32,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
 import _bench_peers as peers
+import _bench_tune as tiles
 import torch
-from _bench_table import Cell, ceilings_line, print_table
+from _bench_table import Cell, ceilings_line, markdown, print_table
 from _bench_timing import Ceilings, Floors, Replay, layer_floors, measure_ceilings
 from torch import Tensor
 from tqdm import tqdm
@@ -39,6 +49,7 @@ from moe_ops.formats import FORMATS
 
 CHECKED_TOKENS = 64
 TOLERANCE = {16: 0.01, 8: 0.08, 6: 0.1, 4: 0.25}  # relative error, by bits of an activation
+ALL = ["bf16", "fp8", "fp8_block", "fp8/bf16", "int8", "int8/int8", "int4_g128", "mxfp4", "mxfp4/fp8"]
 Builders = dict[str, Callable[[], peers.Layer]]
 
 
@@ -59,8 +70,8 @@ class Run:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], choices=list(peers.SHAPES))
-    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "fp8_block", "fp8/bf16"])
+    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], help=f"{', '.join(peers.SHAPES)} or own")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "fp8_block", "fp8/bf16"], help="names, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 2048, 8192])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="auto", help="backend of moe_ops")
@@ -75,12 +86,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile in N parallel processes")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start no new cell after this time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of docs/performance.md")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="time tile configurations, and keep the best there")
     args = parser.parse_args(argv)
-    for name in args.formats:
-        try:
-            FORMATS[name]
-        except ValueError as error:
-            parser.error(str(error))
+    args.formats = ALL if args.formats == ["all"] else args.formats
+    try:
+        for format, shape in zip_longest(args.formats, args.shapes):
+            FORMATS[format or args.formats[0]]
+            peers.shape_of(shape or args.shapes[0])
+    except ValueError as error:
+        parser.error(str(error))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device: use --device cpu --shapes tiny for a dry run")
     return args
@@ -141,7 +156,7 @@ def measure(layer: peers.Layer, sets: list, expected: Tensor) -> dict:
 
 
 def run_cell(run: Run, shape_name: str, weights: peers.Weights, tokens: int, layers: dict[str, peers.Layer]) -> None:
-    shape, name = peers.SHAPES[shape_name], weights.format.name
+    shape, name = peers.shape_of(shape_name), weights.format.name
     sets = peers.random_sets(shape, tokens, run.device)
     key = (name, shape_name, tokens)
     if key not in run.cells:
@@ -171,7 +186,7 @@ def build_layers(run: Run, builders: Builders, format: str, shape: str) -> dict[
 def run_pass(run: Run, name: str, make: Callable[..., Builders], progress: tqdm) -> None:
     began = time.monotonic()
     for shape in run.args.shapes:
-        floats = peers.random_floats(peers.SHAPES[shape], run.device)
+        floats = peers.random_floats(peers.shape_of(shape), run.device)
         for format in run.args.formats:
             weights = peers.quantized_weights(floats, format)
             layers = None
@@ -194,13 +209,13 @@ def precompile_job(args: argparse.Namespace, shape: str, format: str) -> tuple[s
     began = time.monotonic()
     quiet()
     run = Run(args, torch.device(args.device), Ceilings(copy_gbs=1, read_gbs=1, bf16_tflops=1, fp8_tflops=1), math.inf)
-    floats = peers.random_floats(peers.SHAPES[shape], run.device)
+    floats = peers.random_floats(peers.shape_of(shape), run.device)
     weights = peers.quantized_weights(floats, format)
     with torch.no_grad():
         for make in pass_names(args).values():
             layers = build_layers(run, make(run, floats, weights), format, shape)
             for tokens in args.tokens:
-                inputs = peers.random_sets(peers.SHAPES[shape], tokens, run.device)[0]
+                inputs = peers.random_sets(peers.shape_of(shape), tokens, run.device)[0]
                 for label, layer in layers.items():
                     with attempt(run, label, format, shape, tokens, {}):
                         layer(*inputs)
@@ -237,6 +252,26 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}: median CUDA-graph replay"
     return f"DRY RUN on a CPU, {versions}: plain calls without CUDA graphs, floors of no meaning"
+
+
+def run_tuning(args: argparse.Namespace, device: torch.device, deadline: float) -> int:
+    import triton
+
+    import moe_ops
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    provenance = {
+        "device": name, "torch": torch.__version__, "triton": triton.__version__, "moe_ops": moe_ops.__version__,
+        "date": date.today().isoformat(), "command": " ".join(sys.argv),
+    }  # fmt: skip
+
+    def report(done: list[tiles.Timed]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps([row for timed in done for row in tiles.as_data(timed)]))
+
+    with torch.no_grad():
+        missing = tiles.print_rule(tiles.tune(args, device, provenance, deadline, report))
+    return 1 if missing else 0
 
 
 def save_json(run: Run) -> None:
@@ -285,11 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began = time.monotonic()
     quiet()
-    if args.precompile:
-        precompile(args)
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny work on several busy cores waits for the slowest
+    if args.tune:
+        return run_tuning(args, device, began + args.budget_seconds)
+    if args.precompile:
+        precompile(args)
     run = Run(args, device, measure_ceilings(device), began + args.budget_seconds)
     print(ceilings_line(run.ceilings), flush=True)
     passes = pass_names(args)
@@ -304,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     save_json(run)
     print_omissions(run)
     by_format = sorted(run.cells.values(), key=lambda cell: args.formats.index(cell.format))
+    if args.markdown:
+        args.markdown.write_text(markdown(by_format, describe(device), run.ceilings))
     wrong = print_table(by_format, describe(device), peers.PEER_LEGEND, device.type == "cuda")
     if lost:
         print(f"the run ended early: {lost}")

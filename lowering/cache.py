@@ -1,4 +1,4 @@
-"""Compiled artifacts depend on our sources and formats, which no cache key of torch's covers: the key gets a salt.
+"""Compiled artifacts depend on our sources, formats and tuned tiles: torch's cache key knows none, so it gets a salt.
 
 Without it a graph compiled by another version of these files is loaded from the disk cache and gives wrong numbers.
 """
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from moe_ops.formats import FORMATS, Codec
+from moe_ops.kernels import tuning
 
 from . import _compat, where
 
@@ -37,7 +38,9 @@ def salt() -> str:
     formats = [f"{f.name}={f.weight.name}/{f.activation and f.activation.name}" for f in FORMATS.values()]
     formats += [_describe(codec) for codec in FORMATS.codecs()]  # of activations in pairs too
     made = f"moe_ops-{sources_hash()}-{hashlib.sha256(';'.join(formats).encode()).hexdigest()[:8]}"
-    return made + "-whole" * where.kept_whole()
+    tuning.from_environment()
+    tiles = tuning.digest()
+    return made + f"-{tiles}" * bool(tiles) + "-whole" * where.kept_whole()
 
 
 def register() -> None:

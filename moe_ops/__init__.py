@@ -32,7 +32,7 @@ del _ops
 
 # name -> the module that has it, imported when it is asked for
 _LAZY = {"compare": ".quality", "load_quantized": ".checkpoints.load"}
-_MODULES = ("kv_cache", "quality", "sharding", "training")  # imported when asked for: one needs transformers
+_MODULES = ("kv_cache", "quality", "sharding", "training", "tuning")  # imported when asked for: one needs transformers
 
 
 def __getattr__(name: str) -> Any:

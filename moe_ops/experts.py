@@ -18,6 +18,7 @@ from .adapters import FLAGS, ExpertsSpec
 from .backends.base import Operand, check_backend, resolve
 from .backends.reference import values
 from .formats import FORMATS, Format, QuantizedTensor, dequantize_weight, empty_weight, write_matrix
+from .ops.library import call
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "spec", "adapters", "trained")
@@ -90,7 +91,8 @@ class QuantizedExperts(QuantizedModule):
         return _fill(new, spec, FORMATS.resolve(format), backend, device)
 
     def weight_names(self) -> tuple[str, ...]:
-        return tuple(name for name, *_ in self.spec.matrices)
+        spec = self.spec
+        return (spec.up, spec.down) if spec.down else (spec.up,)
 
     def layouts(self) -> dict[str, Layout]:
         return {name: Layout(self.spec.num_experts, shards, n, k) for name, shards, n, k in self.spec.matrices}
@@ -116,9 +118,10 @@ class QuantizedExperts(QuantizedModule):
                 f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be"
                 f" {tuple(lead)} + (experts per token,)"
             )
-        x = hidden.reshape(-1, spec.hidden_size)  # (T, H)
-        ids, weights = topk_ids.reshape(x.shape[0], top_k), topk_weights.reshape(x.shape[0], top_k)  # (T, A)
-        return self.routed(x, ids, weights).view(hidden.shape)
+        x = hidden if hidden.ndim == 2 else hidden.reshape(-1, spec.hidden_size)  # (T, H)
+        ids, weights = (t if t.ndim == 2 else t.reshape(x.shape[0], top_k) for t in (topk_ids, topk_weights))  # (T, A)
+        out = self.routed(x, ids, weights)
+        return out if hidden.ndim == 2 else out.view(hidden.shape)
 
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor, on_input: bool = False) -> Tensor:
         """x (T, H), ids and weights (T, A) -> (T, H). `on_input`: the weights multiply x, not the result.
@@ -131,7 +134,7 @@ class QuantizedExperts(QuantizedModule):
         stored = getattr(self, spec.up).shape[0]
         local = torch.where((ids >= 0) & (ids < num_experts), ids, -1) if num_experts != stored else ids
         drops = self.training and (spec.dropout > 0 or spec.row_dropout > 0)
-        adapted = any(self._adapter(name) is not None for name in self.weight_names())
+        adapted = bool(self.adapters) and any(self._adapter(name) is not None for name in self.weight_names())
         if spec.row_dropout and not self.training:
             weights = weights * (1.0 - spec.row_dropout)
         if spec.gate is not None and spec.post_norm is None and not drops and not adapted and self.as_one_op():
@@ -141,7 +144,7 @@ class QuantizedExperts(QuantizedModule):
         else:
             out = self._unfused(rows, local, weights)
         if not spec.identities:
-            return out.to(x.dtype)
+            return out if out.dtype == x.dtype else out.to(x.dtype)
         same = (ids >= spec.num_experts) & (ids < spec.num_experts + spec.identities)  # (T, A)
         share = torch.where(same, weights.float(), 0.0).sum(-1, keepdim=True)  # (T, 1)
         return (out.float() + x.float() * share).to(x.dtype)
@@ -160,9 +163,10 @@ class QuantizedExperts(QuantizedModule):
         backend, invariant = resolve(self.backend)
         up, down = (self.operands(name, backend) for name in self.weight_names())
         biases = [self._parameters.get(f"{name}_bias") for name in self.weight_names()]
-        return torch.ops.moe_ops.experts(
-            x, ids, weights, up.codes, down.codes, up.scale, down.scale, up.global_scale, down.global_scale,
-            up.zero_point, down.zero_point, *biases, up.input_scale, down.input_scale, up.master, down.master,
+        return call(
+            torch.ops.moe_ops.experts.default, x, ids, weights, up.codes, down.codes, up.scale, down.scale,
+            up.global_scale, down.global_scale, up.zero_point, down.zero_point, *biases, up.input_scale,
+            down.input_scale, up.master, down.master,
             format=self.computes.name, grad_format=self.grad_format, activation=gate.activation, gated=gate.gated,
             alpha=gate.alpha, beta=gate.beta, limit=gate.limit, router_weight_on_input=on_input, backend=backend,
             batch_invariant=invariant,

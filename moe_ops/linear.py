@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .backends.base import check_backend, resolve
 from .formats import FORMATS, Format
+from .ops.library import call
 from .storage import PARTS, Layout, QuantizedModule, autocast, carry_over, wrong_dtype
 
 _STATE = ("format", "backend", "float_dtype", "trainable", "trained")
@@ -57,9 +58,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.check_frozen()
         backend, invariant = resolve(self.backend)
         w = self.operands("weight", backend)
-        return torch.ops.moe_ops.linear(
-            autocast(x), w.codes, w.scale, w.global_scale, w.zero_point, self.bias, self.static_scale(x), w.master,
-            format=self.computes.name, grad_format=self.grad_format, backend=backend, batch_invariant=invariant,
+        return call(
+            torch.ops.moe_ops.linear.default, autocast(x), w.codes, w.scale, w.global_scale, w.zero_point, self.bias,
+            self.static_scale(x), w.master, format=self.computes.name, grad_format=self.grad_format, backend=backend,
+            batch_invariant=invariant,
         )  # fmt: skip
 
     def static_scale(self, x: Tensor) -> Tensor | None:

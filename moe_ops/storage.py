@@ -105,8 +105,9 @@ class QuantizedModule(nn.Module):
         """What is stored; of a weight that is trained, codes made now."""
         w = getattr(self, name)
         if self.trained is None:
-            scale, global_scale, zero_point, input_scale = (self.part(name, part) for part in PARTS)
-            return Operands(w, scale, global_scale, zero_point, input_scale, None)
+            get = self._parameters.get  # spelled out: a forward of few tokens waits for it
+            return Operands(w, get(f"{name}_scale"), get(f"{name}_global_scale"), get(f"{name}_zero_point"),
+                            get(f"{name}_input_scale"), None)  # fmt: skip
         codec, layout = self.computes.weight, self.layouts()[name]
         master = w.detach() if layout.experts is not None else w.detach()[None]  # (E, S*N, K)
         made = torch.ops.moe_ops.quantize_weight(master, codec.name, layout.shards, backend)

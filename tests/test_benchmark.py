@@ -233,3 +233,35 @@ def test_unknown_format_is_one_line():
     done = run_script("--device", "cpu", "--shapes", "tiny", "--formats", "fp7")
     assert done.returncode == 2
     assert "unknown format 'fp7'" in done.stderr.splitlines()[-1]
+
+
+def timed(us, tokens=8, name="fp8", shape="A", **layers):
+    floors = timing.Floors(roofline=50.0, stream=60.0, bound="memory")
+    return table.Cell(name, shape, tokens, 50.0, floors, 0.1, {"op": {"us": us, "error": 0.01}} | layers)
+
+
+def test_markdown_names_the_best_peer_and_the_losses():
+    shipped = table.shipped_peers()[("fp8", "A", 8)]
+    even = shipped.stream * 60.0
+    quick = {"hf": {"us": even / 2, "error": 0.01}, "bad": {"us": 1.0, "error": 0.5}}
+    cells = [timed(even), timed(even * 1.03), timed(even, **quick), timed(even, name="mxfp8")]
+    cells.append(timed(1.0, op={"failed": "x"}))
+    text = table.markdown(cells, "one GPU", CEILINGS)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| fp8") or line.startswith("| mxfp8")]
+    assert [row[-1].strip(" |") for row in rows] == ["1.00", "**1.03**", "**2.00**", "", ""]
+    assert [row[5].strip(" |") for row in rows[:4]] == [shipped.peer, shipped.peer, "hf (this run)", "-"]
+    assert f"fp8 {(1.03 * 2) ** (-1 / 3):.2f} x" in text and "the spread, 2: fp8 A M=8 1.03, fp8 A M=8 2.00." in text
+    assert rows[0][3:5] == [f"{even:.1f}", f"{shipped.stream:.2f}"] and "wrong or failed" in rows[4][3]
+
+
+@pytest.mark.parametrize("name", ["128x8x2048x768", "A"])
+def test_a_shape_is_listed_or_spelled_out(name):
+    got, a = peers.shape_of(name), peers.SHAPES["A"]
+    assert (got.experts, got.top_k, got.hidden, got.intermediate) == (a.experts, a.top_k, a.hidden, a.intermediate)
+
+
+@pytest.mark.parametrize("name", ["E", "128x8x2048", "128x8x2048x0", "axbxcxd"])
+def test_other_shapes_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["--device", "cpu", "--shapes", name])
+    assert "EXPERTSxTOP_KxHIDDENxINTERMEDIATE" in capsys.readouterr().err

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("backends",),
     ("ops",),
-    ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming"),
+    ("adapters", "storage", "experts", "calls", "blocks", "linear", "streaming", "tuning"),
     ("rules", "targets", "summary", "quantize"),
     ("tensor_files", "streaming"),
     ("huggingface", "peft", "checkpoints", "quality", "sharding", "kv_cache", "training"),

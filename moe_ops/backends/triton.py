@@ -23,6 +23,7 @@ from ..kernels.configs import Config
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
 from ..kernels.grouped_mm import _grouped_mm_kernel, _grouped_mm_sized_kernel, launch_grid
 from ..kernels.grouped_mm_transposed import _grouped_mm_transposed_kernel, expand
+from ..kernels.launch import enqueue
 from ..kernels.parts import add
 from ..kernels.scales import RULES
 from . import compose, reference, triton_wgrad
@@ -171,7 +172,7 @@ def _arguments(p: Product, config: Config, out: Tensor) -> dict[str, Any]:
 def _launch(p: Product, config: Config, arguments: dict[str, Any]) -> None:
     forward = _grouped_mm_sized_kernel if p.sized(config, arch_of(p.w.qdata.device)) else _grouped_mm_kernel
     kernel = _grouped_mm_transposed_kernel if p.transpose else forward
-    kernel[launch_grid(arguments["num_m"], p.n, config.block_n, config.parts)](**arguments)
+    enqueue(kernel, launch_grid(arguments["num_m"], p.n, config.block_n, config.parts), **arguments)
 
 
 def activation_grad(gate: Gate, h: Tensor, grad: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -22,6 +22,8 @@ from ..kernels.arrange import CHUNK
 from ..kernels.configs import Config, Kind, choose
 from ..kernels.decode import DECODE, DECODE_BITS, minifloat
 from ..kernels.grouped_mm import row_tiles, stride
+from ..kernels.launch import power_of_2
+from ..kernels.tuning import from_environment, tuned
 from .base import Rows, Weight, interpreted
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -33,7 +35,7 @@ PROMOTE_ABOVE_K, PROMOTE = 8192, 128
 # Scales of groups below 128 columns are too small to be copied ahead of time. Reading them a step ahead by hand made
 # products of 4 bits in groups of 32 2 to 7 % faster at K = 2880 to 14336, 3 to 27 % slower at 256 to 2048 (H200).
 _AHEAD_FROM_K = 2560
-# A tile of a gradient's product takes 1.8 (fp8) to 2.4 (mxfp4) times as long as one of floats (H200): above this many
+# A tile of a gradient's product takes 1.8 (fp8) to 2.4 (4 bits) times as long as one of floats (H200): above this many
 # rows per expert weights are dequantized first.
 _EXPAND_ABOVE_ROWS = 256
 _INVARIANT_ROWS = 64  # batch-invariant: the configuration for this many rows per expert serves any number
@@ -199,7 +201,9 @@ class Product:
         touched = experts * (1.0 - (1.0 - 1.0 / experts) ** rows)  # expected, were the routing uniform
         per_expert = _INVARIANT_ROWS if self.invariant else round(rows / max(touched, 1.0), 1)
         kind = replace(self.kind, decoded=0) if self.expands(rows) else self.kind
-        found = choose(kind, arch, per_expert, experts if self.invariant else round(touched), self.n, self.k)
+        found = None if self.invariant else tuned(kind, arch, experts, rows, self.n, self.k)
+        if found is None:
+            found = choose(kind, arch, per_expert, experts if self.invariant else round(touched), self.n, self.k)
         whole = self.transpose or (self.gate is not None and self.rows.weights is not None)  # weights come after it
         return self.configured(found, 1 if whole else found.parts)
 
@@ -277,7 +281,7 @@ class Product:
             "MMA": plan.dot, "DECODE": plan.decode, "ELEMENT": bits_of(weight.element), "BITS": weight.element.bits,
             "KIND": kind_of(None if self.w.scale is None else self.w.scale.dtype), "GROUP_N": self._group_n(),
             "INTERLEAVED": self.w.interleaved,
-            "E_BLOCK": triton.next_power_of_2(self.w.qdata.shape[0]), "BLOCK_M": config.block_m,
+            "E_BLOCK": power_of_2(self.w.qdata.shape[0]), "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "SWAP": config.swap,
         }  # fmt: skip
         if self.transpose:
@@ -308,4 +312,7 @@ def _up(w: Weight, shard_rows: int, group_n: int) -> int:
     """How many rows of a weight (group_n 1), or of its scales, up's channel lies behind gate's."""
     if group_n == 1:
         return 1 if w.interleaved else shard_rows
-    return triton.cdiv(shard_rows, group_n) if group_n else 1
+    return -(-shard_rows // group_n) if group_n else 1
+
+
+from_environment()  # before anything is chosen

@@ -15,6 +15,7 @@ from ..kernels import columns
 from ..kernels import wgrad as kernels
 from ..kernels.configs import Kind, choose
 from ..kernels.decode import DECODE, DECODE_BITS, ENCODE, ENCODE_BITS, minifloat, to_minifloat
+from ..kernels.launch import enqueue
 from ..kernels.scales import RULES
 from .base import arch_of, interpreted
 from .reference import wgrad_rows
@@ -50,9 +51,11 @@ def grouped_wgrad(
         kind, constants = _of_codes(along, arch, each)
         tensors = {name: as_bytes(t, has_fp8(arch)) for name, t in tensors.items()}
     config = choose(kind, arch_of(x.device), round(each, 1), num_experts, n, k)
-    kernels._wgrad_kernel[kernels.wgrad_grid(n, k, num_experts, config.block_m, config.block_n)](
-        **tensors, offsets_ptr=offsets, out_ptr=out, num_rows=num_rows, N=n, K=k, stride_gm=grad.stride(0),
-        stride_xm=x.stride(0), ROWS=config.block_k, BLOCK_N=config.block_m, BLOCK_K=config.block_n,
+    grid = kernels.wgrad_grid(n, k, num_experts, config.block_m, config.block_n)
+    enqueue(
+        kernels._wgrad_kernel, grid, **tensors, offsets_ptr=offsets, out_ptr=out, num_rows=num_rows, N=n, K=k,
+        stride_gm=grad.stride(0), stride_xm=x.stride(0), ROWS=config.block_k, BLOCK_N=config.block_m,
+        BLOCK_K=config.block_n,
         GROUP_N=config.group_m, num_warps=config.warps, num_stages=config.stages, **constants,
     )  # fmt: skip
     return out

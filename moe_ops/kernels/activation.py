@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import enqueue, power_of_2
+
 
 @triton.jit
 def silu(g, alpha):
@@ -100,10 +102,10 @@ def gate_grad(
 ) -> None:
     """h (R, 2I), gate's columns first, or (R, I); grad (R, I) of its activation, times weights (R,) -> out, as h."""
     r, i = grad.shape
-    block = min(triton.next_power_of_2(i), 1024)
-    _gate_grad_kernel[(r, triton.cdiv(i, block))](
-        h, grad, weights, out, i, **numbers, ACT=ACTIVATIONS[activation], SLOPE=SLOPES[activation], GATED=gated,
-        BLOCK=block, num_warps=4,
+    block = min(power_of_2(i), 1024)
+    enqueue(
+        _gate_grad_kernel, (r, -(-i // block)), h, grad, weights, out, i, **numbers, ACT=ACTIVATIONS[activation],
+        SLOPE=SLOPES[activation], GATED=gated, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import scale_value
+from .launch import enqueue, power_of_2
 
 CHUNK = 128
 
@@ -59,8 +60,9 @@ def arrange(
 ) -> None:  # fmt: skip
     """x (M, stored K), scale (M, ceil(K / group)) -> out (M, K), or K rounded up to whole chunks of nibbles."""
     m, width = out.shape
-    block = min(triton.next_power_of_2(width), 1024)
-    _arrange_kernel[(m, triton.cdiv(width, block))](
-        x, scale, out, k, width, x.stride(0), 0 if scale is None else scale.stride(0), DECODE=decode, ELEMENT=element,
-        BITS=bits, KIND=kind, GROUP=group, NIBBLES=nibbles, BLOCK=block, num_warps=4,
+    block = min(power_of_2(width), 1024)
+    enqueue(
+        _arrange_kernel, (m, -(-width // block)), x, scale, out, k, width, x.stride(0),
+        0 if scale is None else scale.stride(0), DECODE=decode, ELEMENT=element, BITS=bits, KIND=kind, GROUP=group,
+        NIBBLES=nibbles, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import enqueue
 from .quantize import _nan_max
 from .tile import find_rows
 
@@ -118,8 +119,10 @@ def quantize_columns(
     sizes, amax = {"ROWS": BLOCK, "BLOCK_C": block_c, "num_warps": 8}, None
     if not group:
         amax = torch.empty(num_experts, c, dtype=torch.float32, device=x.device)
-        _column_amax_kernel[num_experts, grid[1]](x, read, offsets, amax, num_rows, c, top_k, x.stride(0), **sizes)
-    _quantize_columns_kernel[grid](
-        x, read, offsets, amax, q, s, num_rows, num_experts, c, rows_each, top_k, x.stride(0), ENCODE=encode, RULE=rule,
+        numbers = num_rows, c, top_k, x.stride(0)
+        enqueue(_column_amax_kernel, (num_experts, grid[1]), x, read, offsets, amax, *numbers, **sizes)
+    enqueue(
+        _quantize_columns_kernel, grid, x, read, offsets, amax, q, s, num_rows, num_experts, c, rows_each, top_k,
+        x.stride(0), ENCODE=encode, RULE=rule,
         ELEMENT=element, EMAX=emax, GROUP=group, EXACT=exact, E_BLOCK=triton.next_power_of_2(num_experts), **sizes,
     )  # fmt: skip

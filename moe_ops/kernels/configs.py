@@ -83,7 +83,7 @@ SMALL[Kind("bf16", decoded=6, gated=True)] = {16: _FEW, MANY: Config(32, 32, 64,
 SMALL |= {Kind("int8", gated=gated): SMALL[Kind("fp8", gated=gated)] for gated in (False, True)}
 _WGRADS = tuple(kind for kind in SMALL if kind.wgrad)
 _SHARED = (Kind("fp32"), Kind("fp32", transposed=True), Kind("bf16", transposed=True), *_WGRADS)
-# 227 KiB and products of warp groups: sm_90. Measured with examples/tune.py on an H200 with Triton 3.6.
+# 227 KiB and products of warp groups: sm_90. Measured with examples/benchmark.py --tune on an H200 with Triton 3.6.
 HOPPER: dict[Kind, Table] = {
     Kind("bf16"): {
         2: Config(16, 128, 64, 4, 3, swap=True, parts=4, programs=500), 12: Config(16, 128, 64, 4, 3, swap=True),

@@ -195,13 +195,13 @@ _grouped_mm_sized_kernel = sized(_grouped_mm_kernel)
 def row_tiles(num_rows: int, num_experts: int, block_m: int, has_offsets: bool) -> tuple[int, bool]:
     """Upper bound of the row tiles, known on the host, and whether a tile is a row (see `find_rows`)."""
     if not has_offsets:
-        return triton.cdiv(num_rows, block_m), False
+        return -(-num_rows // block_m), False
     by_expert = num_rows // block_m + num_experts + 1
     return (num_rows, True) if num_rows < by_expert else (by_expert, False)
 
 
 def launch_grid(num_m: int, n: int, block_n: int, parts: int = 1) -> tuple[int, int]:
-    return num_m * triton.cdiv(n, block_n), parts
+    return num_m * -(-n // block_n), parts
 
 
 def stride(t: Tensor | None, dim: int) -> int:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import scale_value
+from .launch import enqueue
 from .tile import (
     channel_rows,
     find_rows,
@@ -154,6 +155,5 @@ def expand(arguments: dict[str, Any], begin_expert: int, out: Tensor) -> None:
     block_c, block_n = 32, 256
     experts, c, k = out.shape
     taken = {name: value for name, value in arguments.items() if name in _expand_kernel.arg_names}
-    _expand_kernel[triton.cdiv(k, block_n), triton.cdiv(c, block_c), experts](
-        **taken | {"out_ptr": out, "begin_expert": begin_expert, "BLOCK_C": block_c, "BLOCK_N": block_n}, num_warps=4
-    )
+    given = taken | {"out_ptr": out, "begin_expert": begin_expert, "BLOCK_C": block_c, "BLOCK_N": block_n}
+    enqueue(_expand_kernel, (-(-k // block_n), -(-c // block_c), experts), **given, num_warps=4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .activation import gate
 from .arrange import CHUNK, in_nibbles
+from .launch import enqueue, power_of_2
 
 
 @triton.jit
@@ -42,8 +43,8 @@ def add(parts: Tensor, out: Tensor, n: int, act, gated: bool, numbers: tuple, ni
     nibbles: columns in the order of kernels/arrange.py, N rounded up to whole chunks.
     """
     width = -(-n // CHUNK) * CHUNK if nibbles else n
-    block = min(triton.next_power_of_2(width), 1024)
-    _add_kernel[(parts.shape[1], triton.cdiv(width, block))](
-        parts, out, n, width, parts.stride(0), parts.stride(1), *numbers, PARTS=parts.shape[0], ACT=act, GATED=gated,
-        NIBBLES=nibbles, TYPE=type, BLOCK=block, num_warps=4,
+    block = min(power_of_2(width), 1024)
+    enqueue(
+        _add_kernel, (parts.shape[1], -(-width // block)), parts, out, n, width, parts.stride(0), parts.stride(1),
+        *numbers, PARTS=parts.shape[0], ACT=act, GATED=gated, NIBBLES=nibbles, TYPE=type, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import e4m3_bits
+from .launch import enqueue, power_of_2
 
 
 @triton.jit
@@ -130,11 +131,12 @@ def quantize(
     bits, mantissa bits, bias, largest).
     """
     m, k = x.shape
-    num_groups, block = triton.cdiv(k, group), min(triton.next_power_of_2(group), 16384)
-    groups = max(1, min(triton.next_power_of_2(num_groups), _ELEMENTS // block))
+    num_groups, block = -(-k // group), min(power_of_2(group), 16384)
+    groups = max(1, min(power_of_2(num_groups), _ELEMENTS // block))
     stride_sm = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
-    _quantize_kernel[(m, triton.cdiv(num_groups, groups))](
-        x, scale, q, s, g, k, group, num_groups, x.stride(0), q.stride(0), stride_sm,
+    enqueue(
+        _quantize_kernel, (m, -(-num_groups // groups)), x, scale, q, s, g, k, group, num_groups, x.stride(0),
+        q.stride(0), stride_sm,
         ENCODE=encode, ENCODE_SCALE=encode_scale, RULE=rule, ELEMENT=element, BITS=bits, EMAX=emax,
         SCALE_MAX=scale_max, STATIC=scale is not None, GROUPS=groups, BLOCK=block, LOOP=group > block,
         num_warps=4 if groups * block <= 4096 else 8 if groups * block <= 8192 else 16,

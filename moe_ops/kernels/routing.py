@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import enqueue, power_of_2
 from .parts import added
 
 
@@ -89,18 +90,17 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(r, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     if r <= _ONE_KERNEL_ROWS:
-        block = min(max(triton.next_power_of_2(r), 128), 1024)
-        _sort_kernel[(num_experts + 1,)](ids, order, offsets, r, num_experts, BLOCK=block, num_warps=4)
+        block = min(max(power_of_2(r), 128), 1024)
+        enqueue(_sort_kernel, (num_experts + 1,), ids, order, offsets, r, num_experts, BLOCK=block, num_warps=4)
         return order, offsets
-    chunks, e_block = triton.cdiv(r, _CHUNK), triton.next_power_of_2(num_experts + 1)
+    chunks, e_block = -(-r // _CHUNK), power_of_2(num_experts + 1)
     counts = torch.empty(num_experts + 1, chunks, dtype=torch.int32, device=ids.device)
     totals = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
-    _count_kernel[(chunks,)](ids, counts, r, num_experts, chunks, CHUNK=_CHUNK, E_BLOCK=e_block, num_warps=4)
-    block = min(triton.next_power_of_2(chunks), 1024)
-    _scan_kernel[(num_experts + 1,)](counts, totals, chunks, BLOCK=block, num_warps=4)
-    _scatter_kernel[(chunks,)](
-        ids, counts, totals, order, offsets, r, num_experts, chunks, CHUNK=_CHUNK, E_BLOCK=e_block, num_warps=4
-    )
+    sizes = {"CHUNK": _CHUNK, "E_BLOCK": e_block, "num_warps": 4}
+    enqueue(_count_kernel, (chunks,), ids, counts, r, num_experts, chunks, **sizes)
+    block = min(power_of_2(chunks), 1024)
+    enqueue(_scan_kernel, (num_experts + 1,), counts, totals, chunks, BLOCK=block, num_warps=4)
+    enqueue(_scatter_kernel, (chunks,), ids, counts, totals, order, offsets, r, num_experts, chunks, **sizes)
     return order, offsets
 
 
@@ -121,9 +121,8 @@ def combine(rows: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Tenso
     tokens, width = rows.shape[-2] // top_k, rows.shape[-1]
     rows, out = rows.contiguous(), rows.new_empty(tokens, width, dtype=dtype or rows.dtype)
     parts, stride_p = (rows.shape[0], rows.stride(0)) if rows.ndim == 3 else (1, 0)
-    block = min(triton.next_power_of_2(width), 1024)
+    block = min(power_of_2(width), 1024)
     if tokens:
-        _combine_kernel[(tokens, triton.cdiv(width, block))](
-            rows, out, width, stride_p, PARTS=parts, TOP_K=top_k, BLOCK=block, num_warps=4
-        )
+        enqueue(_combine_kernel, (tokens, -(-width // block)), rows, out, width, stride_p, PARTS=parts, TOP_K=top_k,
+                BLOCK=block, num_warps=4)  # fmt: skip
     return out

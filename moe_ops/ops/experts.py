@@ -149,7 +149,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return tuple(out)
 
 
-define(f"experts({_TENSORS.format('=None')}, {_SCALARS}, bool batch_invariant=False) -> Tensor", experts, _fake)
+define(f"experts({_TENSORS.format('=None')}, {_SCALARS}, bool batch_invariant=False) -> Tensor", experts, _fake,
+       repeats=True)  # fmt: skip
 define(
     f"experts_backward(Tensor grad, {_TENSORS.format('')}, bool[] need, {_SCALARS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

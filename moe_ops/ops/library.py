@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ..backends import repeat
+
 LIBRARY = torch.library.Library("moe_ops", "DEF")
 
 
-def define(schema: str, impl: Callable, fake: Callable) -> None:
-    """One implementation for every device: it asks `select` for the backend. Inputs keep their strides."""
+def define(schema: str, impl: Callable, fake: Callable, repeats: bool = False) -> None:
+    """One implementation for every device: it asks `select` for the backend. Inputs keep their strides.
+
+    repeats: what it does depends on what its arguments are like, not on their values; its first is a tensor, its result
+    one tensor that is new. A GPU's calls are then repeated (backends/repeat.py).
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
@@ -21,6 +27,8 @@ def define(schema: str, impl: Callable, fake: Callable) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         if forward_ad._current_level >= 0:  # torch would drop the tangents: a derivative of 0, in silence
             raise NotImplementedError(f"moe_ops::{name} has no forward-mode derivative")
+        if repeats and repeat.applies(args[0]):
+            return repeat.call(name, impl, args, kwargs)
         return impl(*args, **kwargs)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -51,6 +59,14 @@ def no_gradient(name: str) -> None:
         raise NotImplementedError(f"moe_ops::{name} is itself a gradient: it has no second one")
 
     gradient(name, lambda ctx, inputs, output, keyword_only_inputs=None: None, backward)
+
+
+def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """op(*args, **kwargs), not by way of autograd where that records nothing: half of what dispatching takes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
 
 
 def needs_grad(ctx: Any, count: int) -> tuple[bool, ...]:

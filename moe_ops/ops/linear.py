@@ -111,7 +111,7 @@ define(
     "linear(Tensor x, Tensor weight, Tensor? weight_scale=None, Tensor? weight_global_scale=None, "
     "Tensor? weight_zero_point=None, Tensor? bias=None, Tensor? input_scale=None, Tensor? weight_master=None, *, "
     "str format, str? grad_format=None, str backend='auto', bool batch_invariant=False) -> Tensor",
-    linear, _fake,
+    linear, _fake, repeats=True,
 )  # fmt: skip
 define(
     "linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor? weight_scale, Tensor? weight_global_scale, "

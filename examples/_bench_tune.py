@@ -1,24 +1,21 @@
-"""Times tile configurations of the grouped products on this GPU, for moe_ops/kernels/configs.py.
-
-    python examples/tune.py --formats fp8 --shapes A B --json times.json
+"""Times tile configurations of the grouped products: examples/benchmark.py --tune FILE.
 
 A job is one product (first: gate and up with gathered rows; second: down, scattered) of one shape, format and number
 of tokens; parts of K count with the kernel that adds them, unless a layer has one that reads them anyway. Every
 candidate is compiled in parallel processes first, then timed alone by CUDA-graph replay over rotating inputs; its
-result must agree with the first candidate's. The table gives the best per job, the file every time.
+result must agree with the first candidate's, which is the one that the package's tables choose (the rule).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import _bench_peers as peers
@@ -29,7 +26,12 @@ import moe_ops.ops  # noqa: F401
 from moe_ops.activation import Gate
 from moe_ops.backends.base import Operand, Rows, Weight
 from moe_ops.formats import FORMATS, quantize_weight
+from moe_ops.kernels import tuning
 from moe_ops.kernels.configs import Config
+
+SHARED = 220_000  # bytes of shared memory that a candidate may take, of Hopper's 227 KiB
+DIFFERENCE = 0.01  # relative, of results in bf16 that were added in another order
+LIMIT = 1.2  # a rule that takes longer than so many times the best is named
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Job:
 
     @property
     def rows_per_expert(self) -> float:
-        s = peers.SHAPES[self.shape]
+        s = peers.shape_of(self.shape)
         rows = self.tokens * s.top_k
         return rows / (s.experts * (1 - (1 - 1 / s.experts) ** rows))
 
@@ -141,7 +143,7 @@ def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
     """(x, its scales, weight, rows, gate, format) of each set."""
     import moe_ops.backends.triton as backend
 
-    shape, fmt = peers.SHAPES[job.shape], weights.format
+    shape, fmt = peers.shape_of(job.shape), weights.format
     stored = weights.gate_up if job.first else weights.down
     w = Weight(stored.qdata, stored.scale, stored.global_scale, shards=2 if job.first else 1)
     out = []
@@ -159,7 +161,7 @@ def arguments(job: Job, weights: peers.Weights, sets: list) -> list[tuple]:
 
 def stand_ins(job: Job) -> tuple:
     """`arguments` of one set, as tensors without memory."""
-    shape, fmt = peers.SHAPES[job.shape], FORMATS[job.format]
+    shape, fmt = peers.shape_of(job.shape), FORMATS[job.format]
     meta, shards, act = {"device": "meta"}, 2 if job.first else 1, fmt.activation
     (e, n, k), r = (shape.experts, 2 * shape.intermediate, shape.hidden), job.tokens * shape.top_k
     if not job.first:
@@ -206,7 +208,7 @@ def _compile(job: Job, configs: list[Config]) -> int:
     kernels = {name: Warm(getattr(backend, name)) for name in names}
     with patched(backend, arch_of=lambda _: arch, arrange=lambda *_, **__: None, **kernels):
         for config in configs:
-            with patched(plan, choose=lambda *_, config=config: config):
+            with patched(plan, tuned=lambda *_, config=config: config):
                 try:
                     backend.Parts.product(*stand_ins(job), out_dtype=torch.bfloat16)
                 except Exception:  # it fails again, and is reported, when it is timed
@@ -228,27 +230,74 @@ class patched:
         vars(self.module).update(self.before)
 
 
-def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list) -> list[dict]:
-    import moe_ops.backends.triton_plan as plan
-    from moe_ops.backends.triton import Sums
+@dataclass
+class Timed:
+    """Every candidate of a job, the rule's first: {"config", "us", "difference"} or {"config", "error"}."""
 
-    calls, results, expected = arguments(job, weights, sets), [], None
-    for config in configs:
-        entry: dict[str, Any] = {**asdict(job), "config": asdict(config), "rows_per_expert": job.rows_per_expert}
+    job: Job
+    asked: tuning.Product | None = None  # what the product asked the tables with
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The fastest that computes what the rule's does."""
+        right = [r for r in self.results if "us" in r and r["difference"] < DIFFERENCE]
+        return min(right, key=lambda r: r["us"], default=None)
+
+    @property
+    def rule_us(self) -> float | None:
+        return self.results[0].get("us")
+
+    @property
+    def off(self) -> float | None:
+        """How many times the best's time the rule takes."""
+        return self.rule_us / self.best["us"] if self.best is not None and self.rule_us is not None else None
+
+    def __str__(self) -> str:
+        name = f"{self.job.format:10} {self.job.shape} {self.job.tokens:5} {'first' if self.job.first else 'second':6}"
+        if self.best is None:
+            return f"{name} nothing ran: {self.results[0].get('error')}"
+        rule = f"{self.off:5.2f} x" if self.off is not None else f"fails: {self.results[0].get('error')}"
+        return f"{name} {self.best['us']:9.1f} us {self.best['config']}, the rule {rule}"
+
+
+def time_job(job: Job, configs: list[Config], weights: peers.Weights, sets: list) -> Timed:
+    import moe_ops.backends.triton_plan as plan
+
+    calls, expected, choose = arguments(job, weights, sets), None, plan.choose
+    timed = Timed(job)
+
+    def asked(kind: Any, arch: int, experts: int, rows: int, channels: int, k: int) -> None:
+        timed.asked = tuning.Product(arch, kind, experts, channels, k, rows)
+
+    ruled: list[Config] = []
+
+    def rule(*question: Any) -> Config:
+        ruled.append(choose(*question))
+        return ruled[0]
+
+    with patched(plan, tuned=asked, choose=rule), contextlib.suppress(Exception):  # it is reported when it is timed
+        _product(job, *calls[0])
+    for config in dict.fromkeys((*ruled, *configs)):
+        entry: dict[str, Any] = {"config": config}
         try:
-            with patched(plan, choose=lambda *_, config=config: config):
+            with patched(plan, tuned=lambda *_, config=config: config):
                 replay = Replay(lambda *a: _product(job, *a), calls)
                 entry["us"] = replay.time(0.02)
-                out = replay.poisoned_run()[0]
-                if out.ndim == 3:
-                    out = Sums(out, torch.bfloat16, calls[0][5]).rows()
-                out = out.float()
+                out = _whole(replay.poisoned_run()[0], calls[0][5])
             expected = out if expected is None else expected
             entry["difference"] = ((out - expected).norm() / expected.norm()).item()
         except Exception as error:
-            entry["error"] = f"{type(error).__name__}: {str(error)[:120]}"
-        results.append(entry)
-    return results
+            entry = {"config": config, "error": f"{type(error).__name__}: {str(error)[:120]}"}
+        timed.results.append(entry)
+    return timed
+
+
+def _whole(out: torch.Tensor, gate: Gate | None) -> torch.Tensor:
+    """A product, or the sum of its parts, in fp32."""
+    from moe_ops.backends.triton import Sums
+
+    return (out if out.ndim == 2 else Sums(out, torch.bfloat16, gate).rows()).float()
 
 
 def _product(job: Job, *call: Any) -> torch.Tensor:
@@ -261,44 +310,70 @@ def _product(job: Job, *call: Any) -> torch.Tensor:
     return y.rows() if job.first and FORMATS[job.format].weight.element.bits != 4 else y.parts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "fp8_block", "fp8/bf16"])
-    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "D"], choices=list(peers.SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512, 2048, 8192])
-    parser.add_argument("--processes", type=int, default=16)
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    start, results = time.monotonic(), []
-    jobs = {Job(f, s, t, first) for f, s, t, first in product(args.formats, args.shapes, args.tokens, (True, False))}
-    plan = {j: [c for c in candidates(j) if shared_bytes(c, j) <= 220_000] for j in jobs}
-    print(f"{len(plan)} jobs, {sum(map(len, plan.values()))} candidates", flush=True)
-    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        parts = [(j, plan[j][i : i + 8]) for j in plan for i in range(0, len(plan[j]), 8)]
+def jobs_of(args: argparse.Namespace) -> dict[Job, list[Config]]:
+    """The products of all cells, with their candidates."""
+    cells = product(args.shapes, args.formats, args.tokens, (True, False))
+    jobs = [Job(format, shape, tokens, first) for shape, format, tokens, first in cells]
+    return {job: [c for c in candidates(job) if shared_bytes(c, job) <= SHARED] for job in jobs}
+
+
+def compile_all(plan: dict[Job, list[Config]], processes: int) -> None:
+    began = time.monotonic()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        parts = [(job, plan[job][i : i + 8]) for job in plan for i in range(0, len(plan[job]), 8)]
         failed = sum(pool.map(_compile, *zip(*parts, strict=True)))
-    print(f"compiled in {time.monotonic() - start:.0f} s, {failed} failed", flush=True)
-    device = torch.device("cuda")
-    for shape in args.shapes:
-        floats = peers.random_floats(peers.SHAPES[shape], device)
-        for fmt in args.formats:
-            weights = peers.quantized_weights(floats, fmt)
-            for tokens in args.tokens:
-                sets = peers.random_sets(peers.SHAPES[shape], tokens, device)
-                for job in (Job(fmt, shape, tokens, True), Job(fmt, shape, tokens, False)):
-                    if time.monotonic() - start > args.budget_seconds:
-                        continue
-                    results += time_job(job, plan[job], weights, sets)
-                    done = sorted((r for r in results[-len(plan[job]) :] if "us" in r), key=lambda r: r["us"])
-                    for r in done[:1]:
-                        print(f"{fmt:10} {shape} {tokens:5} {'first' if job.first else 'second':6} {r['us']:9.1f} us "
-                              f"{list(r['config'].values())} diff {max(d['difference'] for d in done):.1e}", flush=True)
-            del weights
-            if args.json:
-                args.json.write_text(json.dumps(results))
-        torch.cuda.empty_cache()
-    print(f"{time.monotonic() - start:.0f} s")
+    print(f"compiled in {time.monotonic() - began:.0f} s, {failed} failed", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+def tune(args: argparse.Namespace, device: torch.device, provenance: dict[str, Any], deadline: float,
+         report: Callable[[list[Timed]], None]) -> list[Timed]:  # fmt: skip
+    """Times every job until the deadline. args.tune is rewritten after each, `report` gets all."""
+    plan, done = jobs_of(args), []
+    print(f"{len(plan)} products, {sum(map(len, plan.values()))} candidates", flush=True)
+    if args.precompile:
+        compile_all(plan, args.precompile)
+    weights: peers.Weights | None = None
+    of: tuple[str, str] | None = None  # whose weights they are
+    for job, configs in plan.items():
+        if time.monotonic() > deadline:
+            print(f"not timed, {args.budget_seconds:.0f} s were over: {job} and what follows")
+            break
+        if weights is None or of != (job.shape, job.format):
+            weights = None  # gone before the next are made
+            floats = peers.random_floats(peers.shape_of(job.shape), device)
+            weights, of = peers.quantized_weights(floats, job.format), (job.shape, job.format)
+            del floats
+        sets = peers.random_sets(peers.shape_of(job.shape), job.tokens, device)
+        done.append(time_job(job, configs, weights, sets))
+        print(done[-1], flush=True)
+        args.tune.write_text(file_of(done, provenance))
+        report(done)
+    return done
+
+
+def file_of(done: list[Timed], provenance: dict[str, Any]) -> str:
+    """A tuning file of the best of each product."""
+    entries, about = {}, {}
+    for t in done:
+        if t.best is not None and t.asked is not None:
+            entries[t.asked] = replace(t.best["config"], programs=0)
+            about[t.asked] = {"us": round(t.best["us"], 2), "rule_us": t.rule_us and round(t.rule_us, 2),
+                              "candidates": len(t.results), "format": t.job.format, "shape": t.job.shape,
+                              "tokens": t.job.tokens}  # fmt: skip
+    return tuning.written(entries, provenance, about)
+
+
+def as_data(t: Timed) -> list[dict[str, Any]]:
+    """Every time of a job, for --json."""
+    return [asdict(t.job) | r | {"config": asdict(r["config"])} for r in t.results]
+
+
+def print_rule(done: list[Timed]) -> int:
+    """How far the package's rule is from the best; returns how many products have no configuration at all."""
+    off = sorted(((t.off, t) for t in done if t.off is not None), key=lambda pair: -pair[0])
+    beyond = [t for ratio, t in off if ratio > LIMIT]
+    if off:
+        print(f"the rule takes at most {off[0][0]:.2f} x the best; beyond {LIMIT} x: {len(beyond)} of {len(off)}")
+    for t in beyond:
+        print(f"  {t}")
+    return sum(t.best is None for t in done)
