@@ -29,15 +29,17 @@ def register() -> None:
 
 
 def _open() -> None:
-    if importlib.util.find_spec("triton") is None:  # no GPU that generated code could run on
-        return
     try:
         _compat.check()
-        from . import decompositions, divide, product, quantize, routing
+        from . import decompositions, divide, quantize, routing, rows
 
-        for lowerings in (product.LOWERINGS, divide.LOWERINGS):
-            for op, fn in lowerings.items():
-                _compat.add_lowering(op, fn)
+        lowerings = divide.LOWERINGS | rows.LOWERINGS
+        if importlib.util.find_spec("triton") is not None:  # else there is no GPU that generated code could run on
+            from . import product
+
+            lowerings |= product.LOWERINGS
+        for op, fn in lowerings.items():
+            _compat.add_lowering(op, fn)
         for table in (decompositions, quantize, routing):
             for op, fn in table.DECOMPOSITIONS.items():
                 _compat.add_decomposition(op, fn)

@@ -12,11 +12,13 @@ import torch
 import torch.compiler.config
 from torch import SymInt, Tensor
 
+from .codes import Operators
+
 # What the functions below import. A name that is missing is better found before ops are opened than when they compile.
 _NAMES = {
     "torch._higher_order_ops.triton_kernel_wrap": ("kernel_side_table", "triton_kernel_wrapper_functional"),
     "torch._inductor": ("config", "decomposition", "lowering"),
-    "torch._inductor.ir": ("FixedLayout", "FlexibleLayout"),
+    "torch._inductor.ir": ("FixedLayout", "FlexibleLayout", "Reduction"),
     "torch._inductor.lowering": (
         "broadcast_tensors", "fallback_handler", "lowerings", "make_fallback", "make_pointwise", "register_lowering"),
     "torch._inductor.select_algorithm": (
@@ -24,6 +26,8 @@ _NAMES = {
     "torch._inductor.virtualized": ("V", "ops"),
     "torch.fx.experimental.proxy_tensor": ("get_proxy_mode", "get_proxy_slot"),
     "torch.fx.experimental.symbolic_shapes": ("free_unbacked_symbols",),
+    "torch.utils._python_dispatch": ("_disable_current_modes",),
+    "torch.utils._sympy.functions": ("FloorDiv",),
 }  # fmt: skip
 
 
@@ -140,9 +144,81 @@ def is_unbacked(t: Tensor) -> bool:
     return bool(free_unbacked_symbols(t))
 
 
+def untraced() -> Any:
+    """A context inside which tensors are real, and what is done with them is part of no graph."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 def hint(size: Any) -> int:
     """What a size is, or was when the graph was traced."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+# ---- inside a lowering: loops of a CPU
+
+
+def _ops() -> Any:
+    from torch._inductor.virtualized import ops
+
+    return ops
+
+
+def as_int(value: Any) -> Any:
+    return _ops().to_dtype(value, torch.int32)
+
+
+OPERATORS = Operators(
+    number=lambda n: _ops().constant(n, torch.float32 if isinstance(n, float) else torch.int32),
+    maximum=lambda a, b: _ops().maximum(a, b), right=lambda a, b: _ops().bitwise_right_shift(a, b),
+    as_float=lambda a: _ops().to_dtype(a, torch.float32),
+    of_bits=lambda a: _ops().to_dtype_bitcast(a, torch.float32, torch.int32),
+)  # fmt: skip
+
+
+def index(value: Any, size: Any) -> Any:
+    """A number that was loaded, as an index of what has `size` entries; it must be one."""
+    return _ops().indirect_indexing(value, size, check=False, wrap_neg=False)
+
+
+def floordiv(a: Any, b: int) -> Any:
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(a, b)
+
+
+def is_symbol(size: Any) -> bool:
+    return not getattr(size, "is_Integer", isinstance(size, int))
+
+
+def viewed(box: Any, dtype: torch.dtype) -> Any:
+    """The memory of a box as another type. By a call: what is read as its own type and then cast is not vectorized."""
+    return box if box.get_dtype() == dtype else fallback(torch.ops.aten.view.dtype, (box, dtype), {})
+
+
+def loader(box: Any) -> Callable[[Sequence[Any]], Any]:
+    """Reads an element of a box, which is in memory from now on."""
+    box.realize()
+    return box.make_loader()
+
+
+def summed(term: Callable, ranges: Sequence[Any], along: Sequence[Any], device: Any) -> Any:
+    """fp32 sums of `term(indices, indices along)`."""
+    from torch._inductor.ir import Reduction
+
+    found = Reduction.create(
+        device=device, dst_dtype=torch.float32, src_dtype=torch.float32, inner_fn=term, ranges=list(ranges),
+        reduction_ranges=list(along), reduction_type="sum",
+    )  # fmt: skip
+    found.realize()
+    return found
+
+
+def concatenate(boxes: list[Any]) -> Any:
+    from torch._inductor.lowering import lowerings
+
+    return boxes[0] if len(boxes) == 1 else lowerings[torch.ops.aten.cat.default](boxes, 0)
 
 
 # ---- inside a lowering

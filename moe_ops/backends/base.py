@@ -17,7 +17,8 @@ from torch import Tensor
 
 # Best measured first, `reference` last. A backend is imported when a problem could be its own, not before.
 BACKENDS = {"triton": ".triton", "torch": ".torch_native", "reference": ".reference"}
-_GRAPH = {"inductor": "moe_ops.lowering.parts"}  # the parts of "triton" as a graph: for decompositions, not for users
+# The parts of "triton" as a graph, and few rows on a CPU as one: for decompositions, not for users.
+_GRAPH = {"inductor": "moe_ops.lowering.parts", "inductor_cpu": "moe_ops.lowering.cpu"}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what activations may be
 
 
