@@ -70,20 +70,20 @@ def repeating():
     repeat.forget()
 
 
-def layer(name, seed=0):
-    """Weights of experts as the op takes them."""
+def layer(name, seed=0, width=WIDTH):
+    """Weights of experts as the op takes them, of H and I."""
     g = torch.Generator().manual_seed(seed)
     codec = FORMATS[name].weight
-    up, down = (torch.randn(E, n, k, generator=g) / k**0.5 for n, k in ((2 * WIDTH, WIDTH), (WIDTH, WIDTH)))
+    up, down = (torch.randn(E, n, width, generator=g) / width**0.5 for n in (2 * width, width))
     qs = quantize_weight(codec, up, 2), quantize_weight(codec, down)
     parts = [t for part in ("qdata", "scale", "global_scale", "zero_point") for t in (getattr(q, part) for q in qs)]
-    return parts + [torch.randn(E, 2 * WIDTH, generator=g), torch.randn(E, WIDTH, generator=g)]
+    return parts + [torch.randn(E, 2 * width, generator=g), torch.randn(E, width, generator=g)]
 
 
-def tokens(count, seed=0, dtype=torch.float32):
+def tokens(count, seed=0, dtype=torch.float32, width=WIDTH):
     g = torch.Generator().manual_seed(seed)
     weights, ids = torch.rand(count, E, generator=g).topk(TOP_K)
-    return torch.randn(count, WIDTH, generator=g), ids, weights.to(dtype)
+    return torch.randn(count, width, generator=g), ids, weights.to(dtype)
 
 
 def check(name, calls, again, **options):
@@ -221,8 +221,8 @@ def test_linear_is_repeated():
 @pytest.mark.parametrize("name", [name for name in FORMATS if "/" not in name] + ["mxfp4/fp8", "int8/int8"])
 def test_on_a_gpu(name, dtype):
     """dtype: of router weights; in bf16 torch casts them first. The last call is captured and replayed."""
-    weights = [None if t is None else t.cuda() for t in layer(name)]
-    calls = [[t.cuda() for t in tokens(2, seed, dtype)] for seed in range(5)]
+    weights = [None if t is None else t.cuda() for t in layer(name, width=128)]
+    calls = [[t.cuda() for t in tokens(2, seed, dtype, width=128)] for seed in range(5)]
     calls = [(x.bfloat16(), *routing) for x, *routing in calls]
     with torch.no_grad():
         run = lambda inputs: OPS.experts(*inputs, *weights, format=name, backend="triton")  # noqa: E731
