@@ -67,11 +67,11 @@ def _fits(codec: Codec, codes: Tensor, scale: Tensor | None) -> bool:
 def _few(op: str, given: dict[str, Any]) -> bool:
     if op == "linear":
         rows = given["x"].numel() // given["x"].shape[-1]
-        return bool(rows <= (_LINEAR_ROWS if isinstance(rows, int) else _LINEAR_ROWS_UNKNOWN))
+        return bool(0 < rows <= (_LINEAR_ROWS if isinstance(rows, int) else _LINEAR_ROWS_UNKNOWN))
     weight = given["gate_up_proj" if op == "experts" else "weight"]
     read = given["topk_ids"] if op == "experts" else given.get("rows_in")
     rows = given["x"].shape[0] if read is None else read.numel()
-    return bool(rows <= _ROWS * weight.shape[0])
+    return bool(0 < rows <= _ROWS * weight.shape[0])
 
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

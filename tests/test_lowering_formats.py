@@ -93,6 +93,16 @@ def test_experts_backward(arch, name):
     assert "_sort_kernel_0" in launches(source) and set(kinds(source)) <= {"sort", "per", "red", "poi", "tem"}
 
 
+def test_experts_backward_of_many_rows():
+    """Products whose weights are dequantized first, and the gradient of the gate, are calls of ours."""
+    with fake_gpu(90):
+        source = generated(*experts_backward("mxfp4", tokens=4096))
+        assert_they_fit(built_templates(source))
+    called = [call.split(".")[3] for call in extern_calls(source) if "moe_ops" in call]
+    assert called == ["_product", "_activation_grad", "_product"]
+    assert kinds(source).count("tem") == 1  # gate and up again
+
+
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4"])
 def test_experts_backward_of_weights(name):
     """The gradients of both weights are calls of the op; where gradients are codes, so is what quantizes W^T."""
